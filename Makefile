@@ -1,0 +1,49 @@
+# Two commands are enough on a fresh machine: `make demo` and `make test`. They need Python >= 3.11 and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint slow schemas model wheel clean help
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: $(STAMP) ## draw a picture with the embedded model: outputs/demo.png
+	$(BIN)/dg-run --auto --prompt "a red circle on a blue background" --seed 7 --output outputs/demo.png
+	@echo
+	@echo "The picture is outputs/demo.png. It was made by this plan:"
+	@$(BIN)/dg-run plan
+	@echo
+	@echo "Next, your own model (a directory in diffusers layout, or OWNER/MODEL on the hub):"
+	@echo "  $(BIN)/dg-run --auto --model black-forest-labs/FLUX.1-schnell --prompt \"a lighthouse at dusk\""
+
+test: $(STAMP) ## run the tests (under 8 minutes on 2 cores)
+	$(BIN)/python -m pytest
+
+slow: $(STAMP) ## run the checks that build environments and draw hundreds of pictures
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP) ## ruff, mypy --strict, and whether generated files are fresh
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m tools.make_schemas --check
+
+schemas: $(STAMP) ## regenerate schema/profile.schema.json from the optimizers' specs
+	$(BIN)/python -m tools.make_schemas
+
+model: $(STAMP) ## train the embedded model again, from nothing, into build/tiny-flux (about 45 minutes on 2 cores)
+	$(BIN)/python -m tools.tiny_flux build --out build/tiny-flux --seed 0
+
+wheel: $(STAMP) ## build dist/*.whl
+	$(BIN)/python -m build --outdir dist
+
+clean: ## remove the environment and everything built
+	rm -rf $(VENV) build dist outputs .mypy_cache .ruff_cache .pytest_cache
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
