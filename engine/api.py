@@ -1,0 +1,149 @@
+"""`engine.resolve`: from a request to a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from engine import arguments, cards, facts, plan, profiles, solver, versions
+from engine.arguments import StepLike
+from engine.errors import UsageError
+from engine.facts.model import Component, Model
+from engine.plan import Plan
+from engine.values import Device, Estimate, FrozenDict, Gpu, Hardware, ProfileRef, Request
+
+
+def resolve(
+    model: Any = None,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    frames: int | None = None,
+    batch: int = 1,
+    steps: int | None = None,
+    guidance: float | None = None,
+    call: Mapping[str, Any] | None = None,
+    vram: int | str | None = None,
+    host_ram: int | str | None = None,
+    gpu: int | str | None = None,
+    headroom: int | str | None = None,
+    profile: str | None = None,
+    optimizers: Sequence[StepLike] | None = None,
+    require: Iterable[StepLike] = (),
+    forbid: Iterable[str] = (),
+    quality: str = "near",
+    prefer: str = "speed",
+    prompts_known: bool = False,
+    device: str | None = None,
+    hardware: Hardware | None = None,
+) -> Plan:
+    """Return the plan for a request on this machine.
+
+    `model` is None (the embedded one), a directory, a name on the hub, or a pipeline object. Sizes are pixels; `vram`,
+    `host_ram` and `headroom` are bytes or text such as "12GiB". With `optimizers` the list is exact, else a profile is
+    chosen (`profile` names the only one allowed). `device="cpu"` leaves a card alone; `hardware` replaces the probe.
+
+    When nothing fits it raises nothing: `plan.fits` is false, and `plan.rejected` says why.
+
+    Raises: UsageError, ProfileError, IncompatibleError, ModelError, HardwareError.
+
+    >>> plan = resolve(height=128, width=128, device="cpu")
+    >>> plan.profile.name, plan.fits
+    ('cpu', None)
+    """
+    if optimizers is not None and profile is not None:
+        raise UsageError("a profile and an exact list of optimizers were given", do="give one of them")
+    known = _model(model)
+    usual = known.defaults
+    request = Request(
+        model=known.id,
+        revision=known.revision,
+        pipeline_class=known.pipeline_class,
+        height=arguments.count("height", usual.height if height is None else height, arguments.MAX_SIDE_PX),
+        width=arguments.count("width", usual.width if width is None else width, arguments.MAX_SIDE_PX),
+        frames=arguments.count("frames", usual.frames if frames is None else frames, arguments.MAX_FRAMES),
+        batch=arguments.count("batch", batch, arguments.MAX_BATCH) or 1,
+        steps=arguments.count("steps", usual.steps if steps is None else steps, arguments.MAX_STEPS),
+        guidance=arguments.number("guidance", usual.guidance if guidance is None else guidance),
+        call=FrozenDict({**usual.call, **(call or {})}),
+        device=arguments.choice("device", device, arguments.DEVICES),
+        gpu=None if gpu is None else str(gpu),
+        vram_bytes=arguments.size("vram", vram),
+        host_ram_bytes=arguments.size("host_ram", host_ram),
+        headroom_bytes=arguments.size("headroom", headroom),
+        profile=profile,
+        exact=optimizers is not None,
+        require=tuple(map(arguments.step, require)),
+        forbid=arguments.optimizer_names(forbid),
+        quality=arguments.choice("quality", quality, arguments.QUALITIES) or "near",
+        prefer=arguments.choice("prefer", prefer, arguments.PREFERENCES) or "speed",
+        prompts_known=prompts_known,
+    )
+    arguments.refuse_bad_sizes(request, known)
+    seen = cards.snapshot(request, hardware)
+    card = cards.chosen(request, seen)
+    situation = solver.Situation(request=request, model=known, gpu=card)
+    if optimizers is not None:
+        decision = solver.exact(situation, [arguments.step(s) for s in optimizers])
+    else:
+        decision = solver.choose(situation, profiles.built_in() if profile is None else (profiles.find(profile),))
+    return _plan(request, seen, card, decision)
+
+
+def _plan(request: Request, seen: Hardware, card: Gpu | None, decision: solver.Decision) -> Plan:
+    taken = decision.profile
+    reference = None if taken is None else ProfileRef(name=taken.name, version=taken.version, source=taken.source)
+    headroom_bytes = budget_bytes = None
+    if card is not None:
+        headroom_bytes = request.headroom_bytes or solver.HEADROOM_BYTES
+        budget_bytes = None if card.free_bytes is None else max(0, card.free_bytes - headroom_bytes)
+    return Plan(
+        request=request,
+        hardware=seen,
+        device=None if card is None else Device(uuid=card.uuid, index=card.index),
+        profile=reference,
+        optimizers=decision.steps,
+        estimate=Estimate(),
+        budget_bytes=budget_bytes,
+        headroom_bytes=headroom_bytes,
+        fits=decision.fits,
+        rejected=decision.rejected,
+        notes=decision.notes,
+        digest=plan.digest(request, reference, decision.steps),
+        versions=FrozenDict(versions.snapshot()),
+    )
+
+
+def _model(model: Any) -> Model:
+    if model is None or isinstance(model, str):
+        return facts.find(model)
+    if hasattr(model, "__fspath__"):
+        return facts.find(str(model))
+    if hasattr(model, "components") and hasattr(model, "config"):
+        return _of_pipeline(model)
+    raise UsageError(
+        f"a {type(model).__name__} is not a model", do="give a directory, a name on the hub, or a diffusers pipeline"
+    )
+
+
+def _of_pipeline(pipe: Any) -> Model:
+    """Return what is known of a pipeline object, from the configurations it carries."""
+
+    def config(part: Any) -> dict[str, Any]:
+        own = getattr(part, "config", {})
+        return dict(own.to_dict() if hasattr(own, "to_dict") else own)
+
+    return Model(
+        id=str(getattr(pipe, "name_or_path", None) or pipe.config.get("_name_or_path") or type(pipe).__name__),
+        source="pipeline",
+        pipeline_class=type(pipe).__name__,
+        components=FrozenDict(
+            {
+                n: Component(
+                    library=type(c).__module__.partition(".")[0], cls=type(c).__name__, config=FrozenDict(config(c))
+                )
+                for n, c in pipe.components.items()
+                if hasattr(c, "config")
+            }
+        ),
+    )

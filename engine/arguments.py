@@ -1,0 +1,99 @@
+"""The arguments of a request, checked one by one. Each raises UsageError with a sentence about its own argument."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from engine import optimizers
+from engine.errors import UsageError
+from engine.facts.model import Model, nearest_sizes
+from engine.units import parse_size
+from engine.values import Request, Step
+from engine.words import did_you_mean, listing
+
+MAX_SIDE_PX = 16_384
+MAX_FRAMES = 10_000
+MAX_BATCH = 1_024
+MAX_STEPS = 10_000
+QUALITIES = ("exact", "near", "lossy")
+PREFERENCES = ("speed", "quality", "vram")
+DEVICES = ("cpu", "cuda")
+
+StepLike = str | Step | Mapping[str, Any]
+
+
+def count(name: str, value: Any, most: int) -> int | None:
+    """Return a whole number from 1 to `most`, or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(f"{name} must be a whole number, not {value!r}")
+    if not 1 <= value <= most:
+        raise UsageError(f"{name} is {value}", f"it must lie between 1 and {most:,}", f"give another {name}")
+    return value
+
+
+def number(name: str, value: Any) -> float | None:
+    """Return a number of sane size, or None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e4 <= value <= 1e4:
+        raise UsageError(f"{name} must be a number between -10000 and 10000, not {value!r}")
+    return float(value)
+
+
+def choice(name: str, value: str | None, choices: Sequence[str]) -> str | None:
+    """Return one of `choices`, or None."""
+    if value is not None and value not in choices:
+        raise UsageError(f"{name} cannot be {value!r}", do=did_you_mean(str(value), choices))
+    return value
+
+
+def size(name: str, value: int | str | None) -> int | None:
+    """Return bytes, from a number of them or text with a unit; or None."""
+    if isinstance(value, str):
+        try:
+            return parse_size(value)
+        except ValueError as error:
+            raise UsageError(f"{name}: {error}") from None
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value <= 0):
+        raise UsageError(f"{name} must be a size in bytes, or text such as '12GiB', not {value!r}")
+    return value
+
+
+def step(given: StepLike) -> Step:
+    """Return a checked step from a name, a step, or {"name": …, "params": {…}}."""
+    if isinstance(given, str):
+        return optimizers.spec(given).step()
+    if isinstance(given, Step):
+        return optimizers.spec(given.name).step(given.params)
+    if not isinstance(given, Mapping) or not isinstance(given.get("name"), str) or set(given) - {"name", "params"}:
+        raise UsageError(
+            f"{given!r} is not an optimizer",
+            do='write "vae_tiling", or {"name": "dtype", "params": {"value": "float16"}}',
+        )
+    return optimizers.spec(given["name"]).step(given.get("params"))
+
+
+def optimizer_names(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the names, all known."""
+    return tuple(optimizers.spec(name).name for name in names)
+
+
+def refuse_bad_sizes(request: Request, model: Model) -> None:
+    """Refuse a size that the pipeline would refuse or change, and say the good ones next to it."""
+    multiple = model.size_multiple
+    if multiple is None:
+        return
+    wrong = [
+        (name, size)
+        for name, size in (("height", request.height), ("width", request.width))
+        if size and size % multiple
+    ]
+    if wrong:
+        raise UsageError(
+            listing([f"{name} {size}" for name, size in wrong]) + f" cannot be made by {model.pipeline_class}",
+            f"its sizes are multiples of {multiple}",
+            "; ".join(f"{name}: {listing(map(str, nearest_sizes(size, multiple)), 'or')}" for name, size in wrong),
+        )

@@ -1,0 +1,227 @@
+"""The one door for YAML and JSON that people write: safe, bounded, and able to say where every value stood.
+
+PyYAML reads YAML 1.1, in which a bare `no` is false, `16:9` is 969 and `2020-01-01` a date, and keeps the last of two
+equal keys in silence. Here only `true`, `false`, `null`, decimal integers and floats are special, keys are strings
+that occur once, and aliases cannot blow a small file up into a large value.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from engine.errors import DgRunError
+
+MAX_FILE_BYTES = 1024**2
+MAX_VALUES = 20_000
+MAX_DEPTH = 32
+
+Path_ = tuple[str | int, ...]
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """The safe loader with YAML 1.2's idea of what a bare word is."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("null", r"null|Null|NULL|~|", ["n", "N", "~", ""]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), list(_first))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A spot in a document; line and column count from 1."""
+
+    line: int
+    column: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong, and where; `do` is what to change."""
+
+    place: Place | None
+    what: str
+    do: str = ""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document's plain value, with the place of every value and key in it."""
+
+    source: str
+    text: str
+    value: Any
+    values: dict[Path_, Place]
+    keys: dict[Path_, Place]
+
+    def place(self, path: Sequence[str | int], *, key: bool = False) -> Place | None:
+        """Return where the value (or the key) at `path` stands; the nearest enclosing one if it is not there."""
+        full = tuple(path)
+        if key and full in self.keys:
+            return self.keys[full]
+        while full not in self.values and full:
+            full = full[:-1]
+        return self.values.get(full)
+
+
+class DocumentError(Exception):
+    """A document that cannot be used, with every problem found in it."""
+
+    def __init__(self, source: str, text: str, problems: Sequence[Problem]) -> None:
+        super().__init__(source, text, problems)
+        self.source = source
+        self.text = text
+        self.problems = tuple(problems)
+
+    def told(self, kind: type[DgRunError], what: str) -> DgRunError:
+        """Return an error of `kind` that shows every problem with its file, line, column and the line itself."""
+        return kind(f"{self.source}: {what}", "\n       ".join(self._shown(p) for p in self.problems), self._remedy())
+
+    def _shown(self, problem: Problem) -> str:
+        if problem.place is None:
+            return f"{self.source}: {problem.what}"
+        lines = self.text.splitlines()
+        line = lines[problem.place.line - 1] if problem.place.line <= len(lines) else ""
+        shown = f"{self.source}:{problem.place.line}:{problem.place.column}: {problem.what}"
+        if not line.strip():
+            return shown
+        # A line of a thousand columns helps nobody: show the stretch around the place.
+        start = max(0, problem.place.column - 60)
+        stretch = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line[start : start + 100])
+        return f"{shown}\n         | {stretch}\n         | {' ' * (problem.place.column - 1 - start)}^"
+
+    def _remedy(self) -> str:
+        return "; ".join(dict.fromkeys(p.do for p in self.problems if p.do))
+
+
+def read_text(path: Path) -> str:
+    """Return a small UTF-8 file's text. Raises: DocumentError, when it is too large or not text; OSError."""
+    with path.open("rb") as file:
+        raw = file.read(MAX_FILE_BYTES + 1)
+    if len(raw) > MAX_FILE_BYTES:
+        raise DocumentError(str(path), "", [Problem(None, f"the file is larger than {MAX_FILE_BYTES:,} bytes")])
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise DocumentError(str(path), "", [Problem(Place(line, 1), "this is not UTF-8 text")]) from None
+
+
+def read(path: Path) -> Document:
+    """Return the document in a YAML (or JSON) file. Raises: DocumentError, OSError."""
+    return parse(read_text(path), str(path))
+
+
+def parse(text: str, source: str) -> Document:
+    """Return the document in `text`. Raises: DocumentError, with the place of what is wrong."""
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            builder = _Builder(source, text, loader)
+            value = None if node is None else builder.build(node, (), 0)
+        finally:
+            loader.dispose()
+    except yaml.MarkedYAMLError as error:
+        raise DocumentError(source, text, [_yaml_problem(error)]) from None
+    except yaml.YAMLError as error:
+        raise DocumentError(source, text, [_unreadable(error, text)]) from None
+    except RecursionError:
+        raise DocumentError(source, text, [Problem(None, "the document is nested too deeply")]) from None
+    if builder.problems:
+        raise DocumentError(source, text, builder.problems)
+    return Document(source, text, value, builder.values, builder.keys)
+
+
+def _yaml_problem(error: yaml.MarkedYAMLError) -> Problem:
+    mark = error.problem_mark or error.context_mark
+    what = str(error.problem or error.context or "this is not YAML")
+    do = "indent with spaces, never with tabs" if "\\t" in what or "tab" in what else ""
+    return Problem(None if mark is None else Place(mark.line + 1, mark.column + 1), what, do)
+
+
+def _unreadable(error: yaml.YAMLError, text: str) -> Problem:
+    position = getattr(error, "position", None)
+    if isinstance(position, int) and 0 <= position < len(text):
+        before = text[:position]
+        place = Place(before.count("\n") + 1, position - (before.rfind("\n") + 1) + 1)
+        return Problem(place, f"the character {text[position]!r} is not allowed in YAML")
+    return Problem(None, " ".join(str(error).split()))
+
+
+class _Builder:
+    def __init__(self, source: str, text: str, loader: Any) -> None:
+        self.source = source
+        self.text = text
+        self.loader = loader
+        self.values: dict[Path_, Place] = {}
+        self.keys: dict[Path_, Place] = {}
+        self.problems: list[Problem] = []
+        self.count = 0
+
+    def _error(self, node: yaml.Node, what: str, do: str = "") -> None:
+        self.problems.append(Problem(_place(node), what, do))
+
+    def build(self, node: yaml.Node, path: Path_, depth: int) -> Any:
+        # Counted as expanded, so that ten lines of aliases to aliases stop here and not in memory.
+        self.count += 1
+        if self.count > MAX_VALUES or depth > MAX_DEPTH:
+            limit = f"more than {MAX_VALUES:,} values" if self.count > MAX_VALUES else f"more than {MAX_DEPTH} levels"
+            self._error(node, f"the document holds {limit} once its aliases are followed")
+            raise DocumentError(self.source, self.text, self.problems)
+        self.values[path] = _place(node)
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, path, depth)
+        if isinstance(node, yaml.SequenceNode):
+            return [self.build(child, (*path, i), depth + 1) for i, child in enumerate(node.value)]
+        assert isinstance(node, yaml.ScalarNode)
+        return self._scalar(node)
+
+    def _mapping(self, node: yaml.MappingNode, path: Path_, depth: int) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag != "tag:yaml.org,2002:str":
+                self._error(key_node, "a key must be a plain word", "put the key in quotes")
+                continue
+            key = str(key_node.value)
+            if key in result:
+                first = self.keys[(*path, key)].line
+                self._error(key_node, f"the key {key!r} is here twice (first on line {first})", "keep one of them")
+                continue
+            self.keys[(*path, key)] = _place(key_node)
+            result[key] = self.build(value_node, (*path, key), depth + 1)
+        return result
+
+    def _scalar(self, node: yaml.ScalarNode) -> Any:
+        kind = node.tag.rpartition(":")[2] if node.tag.startswith("tag:yaml.org,2002:") else None
+        text = str(node.value)
+        match kind:
+            case "str":
+                return text
+            case "null":
+                return None
+            case "bool":
+                return text.lower() == "true"
+            case "int" if len(text) <= 20:
+                return int(text)
+            case "float" if len(text) <= 40:
+                return float(text)
+        what = f"the tag {node.tag!r} is not allowed" if kind not in ("int", "float") else "this number is too long"
+        self._error(node, what, "write a plain value")
+        return None
+
+
+def _place(node: yaml.Node) -> Place:
+    return Place(node.start_mark.line + 1, node.start_mark.column + 1)

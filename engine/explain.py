@@ -1,0 +1,90 @@
+"""Plans for reading. The solver decides, this only tells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.plan import Plan
+from engine.units import format_size
+from engine.values import Note, Rejection, Step
+
+NOT_ESTIMATED = "not estimated: this version does not predict memory or time, so whether it fits is not known"
+
+
+def plan_text(plan: Plan) -> str:
+    """Return a plan in a dozen lines: the request, the device, the steps, and why nothing else was taken."""
+    rows = [
+        ("model", _model(plan)),
+        ("picture", _picture(plan)),
+        ("device", _device(plan)),
+        ("profile", _profile(plan)),
+    ]
+    if plan.optimizers:
+        rows.append(("steps", "\n".join(f"{i}. {_step(s, plan.notes)}" for i, s in enumerate(plan.optimizers, 1))))
+    rows += [("note", f"{n.optimizer}: {n.because}" if n.optimizer else n.because) for n in _other_notes(plan)]
+    if plan.fits is not False:
+        rows.append(("memory", NOT_ESTIMATED))
+    if plan.rejected:
+        rows.append(("rejected" if plan.fits is False else "not taken", _rejected(plan.rejected)))
+    return "\n".join(_row(label, text) for label, text in rows)
+
+
+def _row(label: str, text: str) -> str:
+    first, *rest = text.splitlines()
+    return "\n".join([f"  {label:<10} {first}", *(f"  {'':<10} {line}" for line in rest)])
+
+
+def _model(plan: Plan) -> str:
+    name = "the embedded model" if plan.request.model == "embedded" else plan.request.model
+    return f"{name} ({plan.request.pipeline_class})"
+
+
+def _picture(plan: Plan) -> str:
+    asked = plan.request
+    size = (
+        "the pipeline's own size" if asked.width is None or asked.height is None else f"{asked.width} x {asked.height}"
+    )
+    parts = [
+        size,
+        f"{asked.frames} frames" if asked.frames else "",
+        f"batch of {asked.batch}" if asked.batch > 1 else "",
+    ]
+    parts += [f"{asked.steps} steps" if asked.steps else "the pipeline's own number of steps"]
+    parts += [f"guidance {asked.guidance:g}"] if asked.guidance is not None else []
+    parts += [f"{k} {v!r}" for k, v in asked.call.items()]
+    return ", ".join(p for p in parts if p)
+
+
+def _device(plan: Plan) -> str:
+    if plan.device is None:
+        return f"CPU ({plan.hardware.no_gpu_because or 'no accelerator'})"
+    card = next(g for g in plan.hardware.gpus if g.index == plan.device.index)
+    free = "free VRAM not known" if card.free_bytes is None else f"{format_size(card.free_bytes)} free"
+    if plan.budget_bytes is not None and plan.headroom_bytes is not None:
+        free += f", budget {format_size(plan.budget_bytes)} after {format_size(plan.headroom_bytes)} of headroom"
+    return f"{card.index}: {card.name}{' (hypothetical)' if card.hypothetical else ''}, {free}"
+
+
+def _profile(plan: Plan) -> str:
+    if plan.profile is not None:
+        return f"{plan.profile.name} {plan.profile.version} ({plan.profile.source})"
+    return "none: exactly the listed optimizers" if plan.request.exact else "none is suitable"
+
+
+def _step(step: Step, notes: tuple[Note, ...]) -> str:
+    told = [n for n in notes if n.optimizer == step.name and n.kind in ("no_effect", "required", "undecided")]
+    labels = {"no_effect": "no effect", "required": "added", "undecided": "open"}
+    return f"{step}" + "".join(f"\n     {labels[n.kind]}: {n.because}" for n in told)
+
+
+def _other_notes(plan: Plan) -> list[Note]:
+    listed = {s.name for s in plan.optimizers}
+    return [n for n in plan.notes if n.optimizer not in listed]
+
+
+def _rejected(rejections: Sequence[Rejection]) -> str:
+    """Return a line a reason: profiles that were passed over for the same one share it."""
+    shared: dict[str, list[str]] = {}
+    for rejection in rejections:
+        shared.setdefault(rejection.because, []).append(rejection.profile)
+    return "\n".join(f"{', '.join(names)}: {because}" for because, names in shared.items())

@@ -1,0 +1,62 @@
+"""What is known of a model before it is loaded: from its configuration files alone.
+
+A model is looked for where it would be found: the embedded one, a directory, the Hugging Face cache, the shipped
+catalogue, and last, when online, the hub. To add a model to the catalogue: a file in `engine/facts/models/`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from engine import paths
+from engine.errors import ModelError
+from engine.facts import catalogue, directory, embedded, hub
+from engine.facts.model import Model
+from engine.words import listing, nearest
+
+__all__ = ["Model", "find"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
+
+
+def find(name: str | None) -> Model:
+    """Return the model called `name`; None is the embedded one. Raises: ModelError."""
+    if name is None or name == embedded.ID:
+        return embedded.model()
+    if not name.strip():
+        raise ModelError(
+            "the model's name is empty", do="give a directory, or a name such as black-forest-labs/FLUX.1-schnell"
+        )
+    path = Path(name).expanduser()
+    if _exists(path):
+        return directory.read(path, name)
+    if not _HUB_ID.match(name):
+        raise ModelError(
+            f"there is no model {name[:80]!r}",
+            "it is neither a directory here nor a name of the form OWNER/MODEL",
+            _suggestion(name),
+        )
+    if cached := hub.cached_snapshot(name, paths.hub_cache_dir()):
+        return directory.read(cached, name, source="cache", revision=cached.name, defaults=catalogue.defaults(name))
+    if known := catalogue.find(name):
+        return known
+    return hub.fetch(name, _suggestion(name))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long for a file is no file
+        return False
+
+
+def _suggestion(name: str) -> str:
+    """Return what to give instead, comparing the part after the owner, which people remember."""
+    tails = {i.rpartition("/")[2]: i for i in catalogue.ids()}
+    tail = name.rpartition("/")[2].casefold()
+    close = [tails[t] for t in nearest(tail, tails, count=3)]
+    if not close and len(tail) > 3:
+        close = [i for t, i in tails.items() if tail in t.casefold()][:3]
+    hint = f"did you mean {listing(close, 'or')}? Else " if close else ""
+    return hint + "give a directory in diffusers layout, or OWNER/MODEL as it stands on the hub"

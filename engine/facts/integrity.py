@@ -1,0 +1,79 @@
+"""Whether a model's folder is whole: every component there, every weight file as long as its own header says.
+
+Reads headers only (8 bytes, then a little JSON), so it costs milliseconds for any size, and finds a download that was
+cut off before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from engine.errors import ModelError
+from engine.facts.directory import read_json
+from engine.facts.model import Model
+
+_MAX_HEADER_BYTES = 100 * 1024**2
+_WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor", "ImageProcessorPil")
+
+
+def check(model: Model) -> None:
+    """Return when a model's folder can be loaded. Raises: ModelError, naming what is missing or cut off."""
+    folder = model.path
+    if folder is None:
+        return
+    for name, component in model.components.items():
+        place = folder / name
+        if not place.is_dir():
+            raise _incomplete(model, f"the folder of its component {name!r} ({component.cls}) is missing")
+        if not component.cls.endswith(_WITHOUT_WEIGHTS):
+            _check_weights(model, place)
+
+
+def _incomplete(model: Model, why: str) -> ModelError:
+    return ModelError(
+        f"the model {model.id} is incomplete",
+        why,
+        "the download was cut off, or files were moved: download the model again",
+    )
+
+
+def _check_weights(model: Model, place: Path) -> None:
+    indices = sorted(place.glob("*.safetensors.index.json"))
+    wanted = {str(s) for i in indices for s in read_json(i, model.id).get("weight_map", {}).values()}
+    files = sorted(place.glob("*.safetensors"))
+    missing = sorted(w for w in wanted if not (place / Path(w).name).is_file())
+    if missing:
+        raise _incomplete(
+            model, f"{place.name} lacks {len(missing)} of {len(wanted)} weight files, such as {missing[0]}"
+        )
+    if not files:
+        pickled = [f.name for f in (*place.glob("*.bin"), *place.glob("*.pt"), *place.glob("*.ckpt"))]
+        if pickled:
+            raise ModelError(
+                f"the weights of {model.id} are not in safetensors",
+                f"{place.name} holds {pickled[0]}, a pickle, which can run code when it is loaded",
+                "get the model in safetensors, or convert it where you trust it",
+            )
+        raise _incomplete(model, f"{place.name} holds no weights")
+    for file in files:
+        if why := damage(file):
+            raise _incomplete(model, f"{place.name}/{file.name} {why}")
+
+
+def damage(file: Path) -> str | None:
+    """Return what is wrong with a safetensors file's length or header, or None. Raises: ModelError, if unreadable."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
+                return "is cut off within its header"
+            header = json.loads(stream.read(length))
+        end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+    except OSError as error:
+        raise ModelError(f"{file} cannot be read", str(error.strerror or error), "check who may read it") from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        return "has a damaged header"
+    wanted = 8 + length + end
+    return None if size == wanted else f"has {size:,} bytes where its header says {wanted:,}"

@@ -1,0 +1,107 @@
+"""The value that holds what is known of a model, and what follows from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.values import FrozenDict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Component:
+    """One part of a pipeline: its class, and its configuration where that is known."""
+
+    library: str
+    cls: str
+    config: Mapping[str, Any] = field(default_factory=FrozenDict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """How the model is meant to be called; None is left to the pipeline."""
+
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    call: Mapping[str, Any] = field(default_factory=FrozenDict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model known from configuration files. `path` is its folder, when its weights may be on this machine."""
+
+    id: str
+    source: str
+    pipeline_class: str
+    components: Mapping[str, Component]
+    revision: str | None = None
+    path: Path | None = None
+    defaults: Defaults = Defaults()
+    vocabulary: frozenset[str] | None = None
+    """The only words the model has ever seen, for the embedded one; None is any."""
+
+    def _config(self, *names: str) -> Mapping[str, Any]:
+        return next((self.components[n].config for n in names if n in self.components), {})
+
+    @property
+    def vae_scale(self) -> int | None:
+        """Pixels along one side of a latent, for the VAE families whose configuration says so."""
+        vae = self.components.get("vae")
+        if vae is None:
+            return None
+        if isinstance(scale := vae.config.get("scale_factor_spatial"), int):
+            return scale
+        channels = vae.config.get("block_out_channels")
+        if vae.cls in ("AutoencoderKL", "AutoencoderKLFlux2") and isinstance(channels, list | tuple) and channels:
+            return int(2 ** (len(channels) - 1))
+        return None
+
+    @property
+    def size_multiple(self) -> int | None:
+        """What height and width must be divisible by: the VAE's scale times what the denoiser packs together.
+
+        FLUX-like pipelines pack 2 x 2 latents into one token, seen by a token of four times the latent channels;
+        other transformers say `patch_size`. None where the configuration does not tell.
+        """
+        scale = self.vae_scale
+        if scale is None:
+            return None
+        denoiser, vae = self._config("transformer"), self._config("vae")
+        if not denoiser:
+            return scale if "unet" in self.components else None
+        # What comes out counts: an inpainting model takes the mask and the masked picture in as well.
+        latent, tokens = vae.get("latent_channels"), denoiser.get("out_channels") or denoiser.get("in_channels")
+        if isinstance(latent, int) and tokens == 4 * latent:
+            return 2 * scale
+        patch = denoiser.get("patch_size")
+        if isinstance(patch, list | tuple) and patch:
+            patch = patch[-1]
+        return scale * patch if isinstance(patch, int) and patch > 0 else None
+
+    def tiling_starts(self, height: int | None, width: int | None) -> bool | None:
+        """Whether the VAE would decode this size in tiles, once tiling is on; None where it is not known.
+
+        Source: `AutoencoderKL._decode` of diffusers 0.42: tiled when a latent side is larger than `sample_size`
+        divided by the VAE's scale (strictly).
+        """
+        vae = self.components.get("vae")
+        sample, scale = (vae.config.get("sample_size") if vae else None), self.vae_scale
+        if isinstance(sample, list | tuple) and sample:
+            sample = sample[0]
+        if vae is None or vae.cls != "AutoencoderKL" or scale is None or not isinstance(sample, int):
+            return None
+        if height is None or width is None:
+            return None
+        return max(height, width) // scale > int(sample / scale)
+
+
+def nearest_sizes(size: int, multiple: int) -> tuple[int, ...]:
+    """Return the good sizes around `size`, the lower and the upper."""
+    low, high = size // multiple * multiple, math.ceil(size / multiple) * multiple
+    return tuple(s for s in dict.fromkeys((low, high)) if s > 0)

@@ -1,0 +1,57 @@
+"""The optimizers, one module each. To add one: write the module, and name it in `_MODULES`.
+
+Nothing here imports torch until an optimizer is applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from importlib import import_module
+from typing import cast
+
+from engine.errors import UsageError
+from engine.optimizers.spec import Optimizer, Spec
+from engine.values import Step
+from engine.words import did_you_mean
+
+_MODULES = (
+    "dtype",
+    "layerwise_casting",
+    "vae_slicing",
+    "vae_tiling",
+    "xdit",
+    "resident",
+    "model_offload",
+    "sequential_offload",
+    "group_offload",
+)
+NAMES = _MODULES
+
+
+@cache
+def get(name: str) -> Optimizer:
+    """Return an optimizer by name. Raises: UsageError, offering the nearest name."""
+    if name not in _MODULES:
+        raise UsageError(f"there is no optimizer {name!r}", do=did_you_mean(name, NAMES))
+    return cast(Optimizer, import_module(f"engine.optimizers.{name}"))
+
+
+def spec(name: str) -> Spec:
+    """Return an optimizer's spec by name. Raises: UsageError."""
+    return get(name).SPEC
+
+
+def specs() -> tuple[Spec, ...]:
+    """Return all specs in the order of their slots."""
+    return tuple(sorted((spec(n) for n in NAMES), key=lambda s: s.slot))
+
+
+def in_order(steps: Iterable[Step]) -> tuple[Step, ...]:
+    """Return steps in the order that `dg-run` itself writes: for flags, which come in none."""
+    return tuple(sorted(steps, key=lambda s: spec(s.name).slot))
+
+
+def placement(steps: Iterable[Step]) -> Step | None:
+    """Return the first step that says where the weights are, if any does."""
+    return next((s for s in steps if spec(s.name).is_placement), None)

@@ -1,0 +1,127 @@
+"""What every optimizer's module says about itself, and what it is given. Importing this loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from engine.errors import DgRunError, UsageError
+from engine.values import FrozenDict, Step
+from engine.words import did_you_mean
+
+Pipeline = Any
+"""A diffusers pipeline: its type is never imported here, so that reading a spec costs nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Param:
+    """One parameter: its type, its default, and (for words) its choices."""
+
+    name: str
+    kind: Literal["word", "bool", "count"]
+    default: Any
+    about: str
+    choices: tuple[str, ...] = ()
+
+    def json_schema(self) -> dict[str, Any]:
+        """Return the parameter as a JSON Schema."""
+        base: dict[str, Any] = {"description": self.about, "default": self.default}
+        match self.kind:
+            case "word":
+                return base | {"enum": list(self.choices)}
+            case "bool":
+                return base | {"type": "boolean"}
+        return base | {"type": "integer", "minimum": 1, "maximum": 1024}
+
+    def checked(self, owner: str, value: Any) -> Any:
+        """Return `value` if it is one this parameter can have. Raises: UsageError."""
+        if self.kind == "word":
+            if value in self.choices:
+                return value
+            raise UsageError(f"{owner}: {self.name} cannot be {value!r}", do=did_you_mean(str(value), self.choices))
+        is_bool = isinstance(value, bool)
+        if is_bool if self.kind == "bool" else isinstance(value, int) and not is_bool and 1 <= value <= 1024:
+            return value
+        wanted = "true or false" if self.kind == "bool" else "a whole number from 1 to 1024"
+        raise UsageError(f"{owner}: {self.name} cannot be {value!r}", do=f"give {wanted}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """A plain description, enough for schemas, rules and plans."""
+
+    name: str
+    summary: str
+    slot: int
+    """Where it stands in a list whose order nobody chose; `docs/optimizers.md` gives the reasons."""
+    quality: Literal["exact", "near", "lossy"] = "exact"
+    is_placement: bool = False
+    params: tuple[Param, ...] = ()
+    scalar: bool = False
+    """Whether a profile may write `name: value` for its one parameter, `value`."""
+
+    def step(self, params: Mapping[str, Any] | None = None) -> Step:
+        """Return a step with defaults filled in. Raises: UsageError, naming the nearest right parameter."""
+        given = dict(params or {})
+        known = {p.name: p for p in self.params}
+        for name in given:
+            if name not in known:
+                raise UsageError(f"{self.name} has no parameter {name!r}", do=did_you_mean(name, known))
+        chosen = {n: p.checked(self.name, given.get(n, p.default)) for n, p in known.items()}
+        return Step(name=self.name, params=FrozenDict(chosen))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """Where a plan is being applied."""
+
+    device: str
+    """The torch device the pipeline runs on, as "cuda" or "cpu"."""
+    dtype: str
+    """The compute dtype as planned, as "bfloat16"."""
+
+    @property
+    def has_accelerator(self) -> bool:
+        return self.device != "cpu"
+
+
+class NotApplied(DgRunError):
+    """An optimizer was applied and the pipeline does not show it."""
+
+    def __init__(self, name: str, saw: str) -> None:
+        super().__init__(
+            f"{name} was applied but did not take effect", saw, "report this with the output of `dg-run doctor`"
+        )
+
+
+class Optimizer(Protocol):
+    """The names an optimizer's module has."""
+
+    SPEC: Spec
+
+    def load_arguments(self, step: Step, context: Context) -> dict[str, Any]:
+        """Return what it adds to `from_pretrained`."""
+
+    def apply(self, pipe: Pipeline, step: Step, context: Context) -> None:
+        """Change the pipeline."""
+
+    def verify(self, pipe: Pipeline, step: Step, context: Context) -> str:
+        """Return one line of what is seen to hold on the pipeline. Raises: NotApplied."""
+
+
+def nothing_to_load(step: Step, context: Context) -> dict[str, Any]:
+    """The `load_arguments` of an optimizer that acts on a loaded pipeline."""
+    return {}
+
+
+def modules(pipe: Pipeline) -> dict[str, Any]:
+    """Return the pipeline's components that have weights, by name."""
+    import torch
+
+    return {n: c for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
+
+
+def names(items: Sequence[str] | Mapping[str, Any]) -> str:
+    """Return component names for a line of text."""
+    return ", ".join(items) or "nothing"

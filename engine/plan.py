@@ -1,0 +1,137 @@
+"""The plan: a plain value that says what would be run, and on what grounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from engine import documents, validation
+from engine.documents import DocumentError
+from engine.errors import FileError
+from engine.values import Device, Estimate, FrozenDict, Hardware, Note, ProfileRef, Rejection, Request, Step
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SCHEMA = "dg-run/plan@1"
+
+# What was seen or allowed on one machine, not what would be run.
+_SEEN = ("device", "gpu", "vram_bytes", "host_ram_bytes", "headroom_bytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What would be run. `fits` is None where it is not known; `rejected` says why each other profile was not taken."""
+
+    schema: str = SCHEMA
+    request: Request
+    hardware: Hardware
+    device: Device | None
+    profile: ProfileRef | None
+    optimizers: tuple[Step, ...]
+    estimate: Estimate
+    budget_bytes: int | None
+    headroom_bytes: int | None
+    fits: bool | None
+    rejected: tuple[Rejection, ...]
+    notes: tuple[Note, ...]
+    digest: str
+    versions: Mapping[str, str | None]
+
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """Return the plan as JSON, which `schema/plan.schema.json` describes."""
+        return json.dumps(dataclasses.asdict(self), indent=indent, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "the plan") -> Plan:
+        """Return the plan in a JSON text. Raises: FileError, when it is not valid or its digest does not match."""
+        try:
+            document = documents.parse(text, source)
+            validation.check(document, "plan")
+        except DocumentError as error:
+            raise error.told(FileError, "this is not a valid plan") from None
+        plan: Plan = _build(cls, document.value)
+        if plan.digest != digest(plan.request, plan.profile, plan.optimizers):
+            raise FileError(
+                f"{source}: the plan's digest does not match its content",
+                "it was changed after it was made",
+                "make the plan again, instead of editing it",
+            )
+        return plan
+
+    def without_identity(self) -> Plan:
+        """Return the plan without what names this one card, for files that travel."""
+        gpus = tuple(dataclasses.replace(g, uuid=None) for g in self.hardware.gpus)
+        return dataclasses.replace(
+            self,
+            hardware=dataclasses.replace(self.hardware, gpus=gpus),
+            device=None if self.device is None else dataclasses.replace(self.device, uuid=None),
+            request=dataclasses.replace(self.request, gpu=None),
+        )
+
+    @property
+    def torch_device(self) -> str:
+        """The torch device the plan runs on: "cuda" or "cpu"."""
+        return "cpu" if self.device is None else "cuda"
+
+    def explain(self) -> str:
+        """Return the plan for reading: what was chosen, what it will do, and why nothing else was."""
+        from engine import explain
+
+        return explain.plan_text(self)
+
+    # The three doors to the torch edge. Everything else about a plan is plain data.
+
+    def load(self) -> Any:
+        """Return the model's pipeline, loaded as planned, with every optimizer applied and verified.
+
+        Raises: ModelError, HardwareError, IncompatibleError, OutOfMemoryError, NothingFitsError.
+        """
+        from engine.run import load
+
+        return load.load(self)
+
+    def apply(self, pipe: Any) -> Any:
+        """Return `pipe`, a pipeline that the caller has loaded, with every optimizer applied and verified.
+
+        Raises: IncompatibleError, when a step that acts while loading is not already true of it.
+        """
+        from engine.run import load
+
+        return load.apply(self, pipe)
+
+    def run(self, prompts: str | Iterable[str], *, seed: int | None = None) -> Iterator[Image]:
+        """Load, and yield the pictures of each prompt in turn; each carries its seed and prompt in `.info`."""
+        from engine.run import generate
+
+        return generate.run(self, [prompts] if isinstance(prompts, str) else list(prompts), seed=seed)
+
+
+def digest(request: Request, profile: ProfileRef | None, steps: tuple[Step, ...]) -> str:
+    """Return the SHA-256 of what would be run: model, revision, request, profile and optimizers, not what was seen."""
+    asked = {k: v for k, v in dataclasses.asdict(request).items() if k not in _SEEN}
+    named = None if profile is None else {"name": profile.name, "version": profile.version}
+    content = {"request": asked, "profile": named, "optimizers": [dataclasses.asdict(s) for s in steps]}
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _build(kind: Any, value: Any) -> Any:
+    """Return a frozen value of type `kind` from its JSON form, which the schema has already been held against."""
+    origin = typing.get_origin(kind)
+    if value is None:
+        return None
+    if origin in (typing.Union, types.UnionType):
+        return _build(next(a for a in typing.get_args(kind) if a is not types.NoneType), value)
+    if origin is tuple:
+        return tuple(_build(typing.get_args(kind)[0], v) for v in value)
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        return typing.cast(Any, kind)(**{k: _build(hints[k], v) for k, v in value.items()})
+    return FrozenDict(value) if isinstance(value, dict) else value

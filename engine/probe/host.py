@@ -1,0 +1,95 @@
+"""The host: how much memory a new process could still take, within the machine and within its control group."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path, PurePosixPath
+
+import psutil
+
+from engine.values import Host
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+PROC_SELF_CGROUP = Path("/proc/self/cgroup")
+
+
+def snapshot() -> Host:
+    """Return the host now."""
+    memory = psutil.virtual_memory()
+    room = cgroup_available_bytes()
+    limit = cgroup_limit_bytes()
+    return Host(
+        ram_bytes=memory.available if room is None else min(memory.available, room),
+        total_ram_bytes=memory.total if limit is None else min(memory.total, limit),
+        cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        platform=sys.platform,
+    )
+
+
+def _groups() -> list[Path]:
+    """Return this process's memory groups and their ancestors, v2 and v1; empty where there are none."""
+    try:
+        lines = PROC_SELF_CGROUP.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found: list[Path] = []
+    for line in lines:
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers == "":
+            root = CGROUP_ROOT
+        elif "memory" in controllers.split(","):
+            root = CGROUP_ROOT / "memory"
+        else:
+            continue
+        relative = PurePosixPath(path.lstrip("/"))
+        if ".." in relative.parts:  # the group lies outside of this namespace
+            relative = PurePosixPath()
+        here = root / relative
+        found += [here, *(a for a in here.parents if a == root or root in a.parents)]
+    return found
+
+
+def _number(path: Path) -> int | None:
+    """Return the number in a file; None for "max", for no file, and for anything else."""
+    try:
+        text = path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError:
+        return None
+    # v1 writes "no limit" as a page-aligned number near 2 ** 63.
+    return int(text) if text.isdecimal() and len(text) < 19 else None
+
+
+def _reclaimable_bytes(group: Path) -> int:
+    """Return the file cache of a group that the kernel would drop before refusing memory."""
+    try:
+        lines = (group / "memory.stat").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return 0
+    stat = {name: value for name, _, value in (line.partition(" ") for line in lines)}
+    text = stat.get("inactive_file") or stat.get("total_inactive_file") or "0"
+    return int(text) if text.isdecimal() else 0
+
+
+def cgroup_limit_bytes() -> int | None:
+    """Return the tightest memory limit over the ancestors, or None without one."""
+    limits = [_limit(group) for group in _groups()]
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _limit(group: Path) -> int | None:
+    v2 = _number(group / "memory.max")
+    return _number(group / "memory.limit_in_bytes") if v2 is None else v2
+
+
+def cgroup_available_bytes() -> int | None:
+    """Return what the control groups leave to take, the least over the ancestors; None without a limit."""
+    room: list[int] = []
+    for group in _groups():
+        limit = _limit(group)
+        used = _number(group / "memory.current")
+        used = _number(group / "memory.usage_in_bytes") if used is None else used
+        if limit is not None and used is not None:
+            room.append(max(0, limit - used + _reclaimable_bytes(group)))
+    return min(room, default=None)

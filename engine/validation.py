@@ -1,0 +1,119 @@
+"""Hold a document against one of the project's JSON Schemas, and say every problem where it stands.
+
+jsonschema costs 80 ms to import. A document that has passed once is remembered by its content in the cache folder, so
+that planning with profiles that did not change does not pay for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from engine import paths
+from engine.documents import Document, DocumentError, Problem
+from engine.words import did_you_mean, listing
+
+if TYPE_CHECKING:
+    from jsonschema.exceptions import ValidationError
+
+
+@cache
+def schema_text(name: str) -> str:
+    """Return the text of `schema/NAME.schema.json`."""
+    return (paths.data_dir("schema") / f"{name}.schema.json").read_text(encoding="utf-8")
+
+
+def check(document: Document, schema: str) -> None:
+    """Return when `document` obeys the schema. Raises: DocumentError, with all its problems."""
+    problems = sorted(_problems(document, schema), key=lambda p: (p.place.line, p.place.column) if p.place else (0, 0))
+    if problems:
+        raise DocumentError(document.source, document.text, list(dict.fromkeys(problems)))
+
+
+def check_once(document: Document, schema: str) -> None:
+    """The same as `check`, remembering a document that passed: for files that are read again and again."""
+    stamp = paths.cache_dir() / "valid" / hashlib.sha256(f"{schema_text(schema)}\0{document.text}".encode()).hexdigest()
+    if stamp.exists():
+        return
+    check(document, schema)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        stamp.touch()
+
+
+def _problems(document: Document, schema: str) -> Iterator[Problem]:
+    import jsonschema
+
+    validator = jsonschema.Draft202012Validator(json.loads(schema_text(schema)))
+    for error in validator.iter_errors(document.value):
+        yield from _told(document, error)
+
+
+def _told(document: Document, error: ValidationError) -> Iterator[Problem]:
+    path = list(error.absolute_path)
+    here = document.place(path)
+    keyword = str(error.validator)
+    value: Any = error.instance
+    wanted: Any = error.validator_value
+    schema: Any = error.schema
+    if keyword == "additionalProperties":
+        known = list(schema.get("properties", {}))
+        for key in sorted(set(value) - set(known)):
+            yield Problem(document.place([*path, key], key=True), f"unknown key {key!r}", did_you_mean(key, known))
+        return
+    if keyword == "required":
+        missing = [k for k in wanted if k not in value]
+        yield Problem(
+            here,
+            f"the key {missing[0]!r} is missing" if len(missing) == 1 else f"the keys {listing(missing)} are missing",
+        )
+        return
+    if keyword == "not" and (because := schema.get("$comment")):
+        yield Problem(here, str(because))
+        return
+    if keyword == "enum" and isinstance(value, str):
+        yield Problem(
+            here, f"{value!r} is not known here", did_you_mean(value, [w for w in wanted if isinstance(w, str)])
+        )
+        return
+    say = _SAY.get(keyword)
+    yield Problem(here, say(value, wanted, schema) if say else error.message[:200])
+
+
+_Say = Callable[[Any, Any, dict[str, Any]], str]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _types(wanted: Any) -> str:
+    names = {
+        "object": "a mapping",
+        "array": "a list",
+        "string": "text",
+        "integer": "a whole number",
+        "number": "a number",
+    }
+    names |= {"boolean": "true or false", "null": "null"}
+    return listing([names[w] for w in ([wanted] if isinstance(wanted, str) else wanted)], "or")
+
+
+_SAY: dict[str, _Say] = {
+    "type": lambda v, w, _: f"{_short(v)} is not {_types(w)}",
+    "const": lambda v, w, _: f"{_short(v)} should be {_short(w)}",
+    "enum": lambda v, w, _: f"{_short(v)} should be one of {listing(map(_short, w), 'or')}",
+    "pattern": lambda v, _, s: f"{_short(v)} is not {s.get('description', 'in the right form')}",
+    "minimum": lambda v, w, _: f"{_short(v)} is less than {w}",
+    "maximum": lambda v, w, _: f"{_short(v)} is more than {w}",
+    "minItems": lambda v, w, _: f"the list holds {len(v)}, and needs at least {w}",
+    "minLength": lambda *_: "the text is empty",
+    "maxLength": lambda v, w, _: f"the text is longer than {w} characters",
+    "minProperties": lambda *_: "the mapping is empty",
+    "maxProperties": lambda v, *_: f"one name is wanted here, and there are {len(v)}: {listing(v)}",
+}

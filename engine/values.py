@@ -1,0 +1,224 @@
+"""The plain frozen values that pass between the layers. Sizes are bytes, times seconds; None means not known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+Scalar = str | int | float | bool | None
+
+
+class FrozenDict(dict[str, Any]):
+    """A dict that is not changed after it is made, so that a frozen value holding it is frozen too."""
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError("this mapping is frozen; make a new one")
+
+    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse
+
+    def __reduce__(self) -> tuple[type[FrozenDict], tuple[dict[str, Any]]]:
+        return FrozenDict, (dict(self),)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One card that a run could use, at one moment."""
+
+    index: int
+    name: str
+    uuid: str | None
+    arch: str | None
+    """Compute capability, as "8.9"."""
+    total_bytes: int | None
+    free_bytes: int | None
+    mig: bool = False
+    hypothetical: bool = False
+
+    @property
+    def compute_capability(self) -> tuple[int, int] | None:
+        """The capability as numbers that compare."""
+        if self.arch is None:
+            return None
+        major, _, minor = self.arch.partition(".")
+        return int(major), int(minor)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """The machine around the cards; `ram_bytes` is what a new process can still take."""
+
+    ram_bytes: int | None
+    total_ram_bytes: int | None
+    cores: int | None
+    platform: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """One snapshot, taken for one decision. `no_gpu_because` says why `gpus` is empty."""
+
+    gpus: tuple[Gpu, ...]
+    host: Host
+    no_gpu_because: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """The card a plan is for."""
+
+    uuid: str | None
+    index: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One optimizer with its parameters."""
+
+    name: str
+    params: Mapping[str, Any] = field(default_factory=FrozenDict)
+
+    def __str__(self) -> str:
+        if not self.params:
+            return self.name
+        if set(self.params) == {"value"}:
+            return f"{self.name}: {self.params['value']}"
+        return f"{self.name} ({', '.join(f'{k}: {_shown(v)}' for k, v in self.params.items())})"
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Match:
+    """When a profile may be used: permission, never proof that it fits."""
+
+    device: str | None = None
+    free_vram_at_least_bytes: int | None = None
+    pixels_at_least: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """A profile as read from its file."""
+
+    name: str
+    version: str
+    summary: str
+    match: Match
+    steps: tuple[Step, ...]
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileRef:
+    """What a plan keeps of its profile. `source` is "built-in" or the file's path."""
+
+    name: str
+    version: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What was asked for. A size that is None is left to the pipeline's own default."""
+
+    model: str
+    revision: str | None = None
+    pipeline_class: str | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    batch: int = 1
+    steps: int | None = None
+    guidance: float | None = None
+    call: Mapping[str, Any] = field(default_factory=FrozenDict)
+    device: str | None = None
+    gpu: str | None = None
+    vram_bytes: int | None = None
+    host_ram_bytes: int | None = None
+    headroom_bytes: int | None = None
+    profile: str | None = None
+    exact: bool = False
+    require: tuple[Step, ...] = ()
+    forbid: tuple[str, ...] = ()
+    quality: str = "near"
+    prefer: str = "speed"
+    prompts_known: bool = False
+
+    @property
+    def pixels(self) -> int | None:
+        """Pixels of one picture or frame."""
+        return None if self.height is None or self.width is None else self.height * self.width
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostBytes:
+    """Host memory of a run: what must fit, and file pages, which can be dropped."""
+
+    anonymous_bytes: int | None = None
+    pinned_bytes: int | None = None
+    file_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """Where the truth lies, nineteen times in twenty; the bytes are of `peak_allocated_bytes`."""
+
+    low_bytes: int | None = None
+    high_bytes: int | None = None
+    low_seconds: float | None = None
+    high_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """One stretch of a run: `load`, `encode`, `denoise`, `decode`."""
+
+    name: str
+    peak_bytes: int | None = None
+    weights_bytes: int | None = None
+    activation_bytes: int | None = None
+    workspace_bytes: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What a run will take. A field that is None is not known, and nothing stands in for it."""
+
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    device_bytes: int | None = None
+    required_bytes: int | None = None
+    host: HostBytes = HostBytes()
+    host_bytes: int | None = None
+    seconds: float | None = None
+    load_seconds: float | None = None
+    quality: str | None = None
+    basis: str | None = None
+    calibrated: bool = False
+    interval: Interval = Interval()
+    phases: tuple[Phase, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejection:
+    """A profile that was not chosen, and why: the rule that broke, and how many bytes short it was."""
+
+    profile: str
+    optimizers: tuple[Step, ...]
+    rule: str
+    short_bytes: int | None
+    because: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """Something a person should know before the run, about one optimizer (or None for the plan as a whole)."""
+
+    kind: str
+    optimizer: str | None
+    because: str

@@ -1,0 +1,55 @@
+"""Which versions of the libraries are installed, and which the project is tested with. Imports none of them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+
+from engine.version import __version__
+
+
+@dataclass(frozen=True, slots=True)
+class Tested:
+    """A library's tested range: from `low`, up to and not including `below`."""
+
+    low: str
+    below: str
+
+
+TESTED = {
+    "torch": Tested("2.13", "2.14"),
+    "diffusers": Tested("0.42.1", "0.43"),
+    "transformers": Tested("5.23", "5.24"),
+    "accelerate": Tested("1.15", "1.16"),
+}
+OTHERS = ("safetensors", "huggingface-hub", "nvidia-ml-py", "jsonschema", "pyyaml")
+OPTIONAL = {"xfuser": "pip install 'dg-run[xdit]' (Linux, for several cards)"}
+
+
+def installed(name: str) -> str | None:
+    """Return a distribution's version, or None when it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def snapshot() -> dict[str, str | None]:
+    """Return the versions a plan is made with."""
+    return {"dg-run": __version__} | {name: installed(name) for name in TESTED}
+
+
+def note(name: str, version: str | None) -> str | None:
+    """Return what to say of an installed version against the tested range, or None when it lies inside."""
+    from packaging.version import Version
+
+    tested = TESTED[name]
+    span = f"{tested.low} up to, not including, {tested.below}"
+    pin = f"pip install '{name}>={tested.low},<{tested.below}'"
+    if version is None:
+        return f"not installed: {pin}"
+    if Version(version) < Version(tested.low):
+        return f"older than what is tested ({span}): {pin}"
+    if Version(version) >= Version(tested.below):
+        return f"newer than what is tested ({span}): it may well work; if it does not, {pin}"
+    return None

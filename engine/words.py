@@ -1,0 +1,29 @@
+"""Small help with words: the nearest right one, and lists for reading."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(word: str, known: Iterable[str], count: int = 1) -> list[str]:
+    """Return up to `count` of the `known` words that `word` was probably meant to be, best first."""
+    by_folded = {k.casefold(): k for k in known}
+    found = difflib.get_close_matches(word.casefold(), by_folded, n=count, cutoff=0.6)
+    return [by_folded[f] for f in found]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return "did you mean 'x'?", or the choices where there are few, or nothing."""
+    choices = list(known)
+    if found := nearest(word, choices):
+        return f"did you mean {found[0]!r}?"
+    return f"it can be {listing(choices, 'or')}" if 0 < len(choices) <= 12 else ""
+
+
+def listing(words: Iterable[str], last: str = "and") -> str:
+    """Return "a", "a and b", or "a, b and c"."""
+    items = list(words)
+    if len(items) < 2:
+        return "".join(items)
+    return f"{', '.join(items[:-1])} {last} {items[-1]}"
