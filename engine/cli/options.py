@@ -1,0 +1,290 @@
+"""The options, their spellings, and what they mean for `engine.resolve`.
+
+The reference guide's flags keep their names. An option is written with underscores or hyphens, as one likes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from engine import optimizers
+from engine.arguments import DEVICES, PREFERENCES, QUALITIES
+from engine.errors import IncompatibleError, UsageError
+from engine.values import Step
+from engine.words import did_you_mean
+
+COMMANDS = {
+    "plan": "show what would be run, and why, without running it",
+    "profiles": "list and show profiles",
+    "doctor": "show what this machine has, and what is missing",
+}
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, except that hyphens and underscores are one, and a mistake raises with the nearest right word."""
+
+    def __init__(self, prog: str, description: str, **kwargs: Any) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **kwargs,
+        )
+
+    def read(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Return the parsed arguments. Raises: UsageError."""
+        options, rest = self.parse_known_args([_underscored(a) for a in arguments])
+        if not rest:
+            return options
+        flags = sorted(o for action in self._actions for o in action.option_strings if o.startswith("--"))
+        what = "option" if rest[0].startswith("-") else "argument"
+        raise UsageError(
+            f"{self.prog} has no {what} {rest[0]!r}",
+            do=f"{did_you_mean(rest[0].partition('=')[0], flags)} `{self.prog} --help` lists them".strip(),
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message}", do=f"`{self.prog} --help` shows how it is written")
+
+
+def _underscored(argument: str) -> str:
+    """Return an option with underscores: --host-ram=1GiB as --host_ram=1GiB. Values are left alone."""
+    if not re.match(r"--[A-Za-z]", argument):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def whole(text: str) -> int:
+    """Return a whole number, for argparse."""
+    if not re.fullmatch(r"[-+]?\d{1,18}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number")
+    return int(text)
+
+
+def number(text: str) -> float:
+    """Return a number, for argparse."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def add_request(parser: Parser) -> None:
+    """Add what is asked for: the model, sizes, and the call."""
+    group = parser.add_argument_group("what to draw with")
+    group.add_argument(
+        "--model",
+        "--model_name",
+        metavar="ID|DIR",
+        help="a directory, or OWNER/MODEL on the hub (default: the embedded model)",
+    )
+    group.add_argument("--height", type=whole, metavar="PX")
+    group.add_argument("--width", type=whole, metavar="PX")
+    group.add_argument("--batch_size", type=whole, default=1, metavar="N", help="pictures at a time (default: 1)")
+    group.add_argument("--num_frames", type=whole, metavar="N", help="frames, for a video model")
+    group.add_argument("--num_inference_steps", type=whole, metavar="N", help="denoising steps")
+    group.add_argument("--guidance_scale", type=number, metavar="X")
+    group.add_argument("--negative_prompt", metavar="TEXT")
+    group.add_argument(
+        "--call",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a further argument of the pipeline's call; repeatable",
+    )
+
+
+def add_hardware(parser: Parser) -> None:
+    """Add what it may run on."""
+    group = parser.add_argument_group("what to run on")
+    group.add_argument(
+        "--device", choices=DEVICES, help="cpu leaves the card alone; cuda insists on it (default: what is there)"
+    )
+    group.add_argument("--gpu", metavar="NAME", help="index, UUID or name of the card")
+    group.add_argument("--vram", metavar="SIZE", help="use at most this much of what is free, such as 12GiB")
+    group.add_argument("--host_ram", metavar="SIZE", help="use at most this much host memory")
+    group.add_argument("--headroom", metavar="SIZE", help="leave this much of the free VRAM alone (default: 512MiB)")
+
+
+def add_optimizers(parser: Parser) -> None:
+    """Add what may be done to make it fit: the reference guide's flags, and constraints."""
+    group = parser.add_argument_group(
+        "how to make it fit", "with --auto these are conditions on the choice, without it they are the whole list"
+    )
+    group.add_argument("--torch_dtype", choices=DTYPES)
+    group.add_argument("--enable_vae_slicing", action="store_true", help="decode a batch one picture at a time")
+    group.add_argument("--enable_vae_tiling", action="store_true", help="decode a large picture in tiles")
+    group.add_argument("--enable_cpu_offload", action="store_true", help="one component at a time on the card")
+    group.add_argument("--enable_sequential_cpu_offload", action="store_true", help="one layer at a time on the card")
+    group.add_argument(
+        "--enable_group_offloading", action="store_true", help="groups of layers in turn (DG_GROUP_OFFLOAD_TYPE)"
+    )
+    group.add_argument(
+        "--enable_layerwise_casting",
+        action="store_true",
+        help="weights in fewer bits (DG_STORAGE_DTYPE, DG_COMPUTE_DTYPE)",
+    )
+    group.add_argument(
+        "--backend",
+        choices=("diffusers", "xdit"),
+        default="diffusers",
+        help="xdit: one picture on several cards (DG_XDIT_…)",
+    )
+    group.add_argument("--num_gpus", type=whole, metavar="N", help="cards for xdit")
+
+
+def add_choice(parser: Parser) -> None:
+    """Add what guides the choice of a profile."""
+    group = parser.add_argument_group("how to choose")
+    group.add_argument("--profile", metavar="NAME|FILE", help="use this profile (`dg-run profiles list`)")
+    group.add_argument(
+        "--require", action="append", default=[], metavar="NAME", help="insist on an optimizer; repeatable"
+    )
+    group.add_argument(
+        "--forbid", action="append", default=[], metavar="NAME", help="do without an optimizer; repeatable"
+    )
+    group.add_argument(
+        "--quality",
+        choices=QUALITIES,
+        default="near",
+        help="how far the picture may differ from the plain pipeline's (default: near)",
+    )
+    group.add_argument(
+        "--prefer", choices=PREFERENCES, default="speed", help="kept in the plan; decides once plans have estimates"
+    )
+
+
+def request(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `engine.resolve` that both commands share. Raises: UsageError."""
+    call = dict(_call_argument(text) for text in options.call)
+    if options.negative_prompt is not None:
+        call["negative_prompt"] = options.negative_prompt
+    return {
+        "model": options.model,
+        "height": options.height,
+        "width": options.width,
+        "frames": options.num_frames,
+        "batch": options.batch_size,
+        "steps": options.num_inference_steps,
+        "guidance": options.guidance_scale,
+        "call": call,
+        "device": options.device,
+        "gpu": options.gpu,
+        "vram": options.vram,
+        "host_ram": options.host_ram,
+        "headroom": options.headroom,
+    }
+
+
+def _call_argument(text: str) -> tuple[str, Any]:
+    """Return (name, value) of NAME=VALUE, the value read as JSON where it is JSON and as text where not."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise UsageError(f"--call {text!r} is not NAME=VALUE", do="write it as --call max_sequence_length=256")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def constraints(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `engine.resolve` that guide a choice: flags of optimizers are required of it."""
+    listed = steps(options)
+    named = [optimizers.spec(n).step() for n in options.require if n not in {s.name for s in listed}]
+    return {
+        "profile": options.profile,
+        "require": [*listed, *named],
+        "forbid": options.forbid,
+        "quality": options.quality,
+        "prefer": options.prefer,
+    }
+
+
+def exact(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `engine.resolve` for exactly the listed flags. Raises: UsageError."""
+    for name in ("profile", "require", "forbid"):
+        if getattr(options, name):
+            raise UsageError(
+                f"--{name} guides a choice, and there is none to make",
+                "without --auto (or with --exact) the listed optimizers are the whole list",
+                f"add --auto, or leave --{name} out",
+            )
+    return {"optimizers": steps(options)}
+
+
+def steps(options: argparse.Namespace) -> list[Step]:
+    """Return the optimizers that flags and environment variables name. Raises: UsageError, IncompatibleError."""
+    flags: Mapping[str, Callable[[], Step]] = {
+        "torch_dtype": lambda: optimizers.spec("dtype").step({"value": options.torch_dtype}),
+        "enable_vae_slicing": optimizers.spec("vae_slicing").step,
+        "enable_vae_tiling": optimizers.spec("vae_tiling").step,
+        "enable_cpu_offload": optimizers.spec("model_offload").step,
+        "enable_sequential_cpu_offload": optimizers.spec("sequential_offload").step,
+        "enable_group_offloading": lambda: _from_environment("group_offload", {"type": "DG_GROUP_OFFLOAD_TYPE"}),
+        "enable_layerwise_casting": lambda: _from_environment(
+            "layerwise_casting", {"storage": "DG_STORAGE_DTYPE", "compute": "DG_COMPUTE_DTYPE"}
+        ),
+    }
+    listed = [make() for flag, make in flags.items() if getattr(options, flag)]
+    if options.backend == "xdit":
+        listed.append(_xdit(options.num_gpus))
+    elif options.num_gpus is not None and options.num_gpus != 1:
+        raise UsageError(f"--num_gpus {options.num_gpus} needs --backend xdit", "diffusers runs on one card")
+    return listed
+
+
+def _from_environment(name: str, variables: Mapping[str, str]) -> Step:
+    """Return a step whose parameters come from environment variables, where they are set."""
+    given = {
+        param: os.environ[variable].strip()
+        for param, variable in variables.items()
+        if os.environ.get(variable, "").strip()
+    }
+    known = {p.name: p for p in optimizers.spec(name).params}
+    for param, value in given.items():
+        if value not in known[param].choices:
+            raise UsageError(f"{variables[param]} cannot be {value!r}", do=did_you_mean(value, known[param].choices))
+    return optimizers.spec(name).step(given)
+
+
+def _xdit(num_gpus: int | None) -> Step:
+    """Return the xdit step of the environment; the degrees multiply to the number of cards."""
+    degrees = {
+        f"{d}_degree": _degree(f"DG_XDIT_{d.upper()}_DEGREE")
+        for d in ("data_parallel", "ulysses", "ring", "pipefusion")
+    }
+    cfg = _switch("DG_XDIT_USE_CFG_PARALLEL")
+    product = 2 if cfg else 1
+    for degree in degrees.values():
+        product *= degree
+    if num_gpus is not None and product not in (1, num_gpus):
+        raise IncompatibleError(
+            f"--num_gpus {num_gpus} and the DG_XDIT_ degrees do not agree",
+            f"the degrees multiply to {product}" + (", guidance in parallel counting 2" if cfg else ""),
+            f"set --num_gpus {product}, or other degrees",
+        )
+    return optimizers.spec("xdit").step({"num_gpus": num_gpus or product, "use_cfg_parallel": cfg, **degrees})
+
+
+def _degree(variable: str) -> int:
+    text = os.environ.get(variable, "").strip() or "1"
+    if not text.isdecimal() or not 1 <= int(text) <= 1024:
+        raise UsageError(f"{variable} cannot be {text!r}", do="give a whole number from 1 to 1024")
+    return int(text)
+
+
+def _switch(variable: str) -> bool:
+    text = os.environ.get(variable, "").strip().lower()
+    if text in ("1", "true", "yes", "on"):
+        return True
+    if text in ("", "0", "false", "no", "off"):
+        return False
+    raise UsageError(f"{variable} cannot be {text!r}", do="give true or false")

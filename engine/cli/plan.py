@@ -1,0 +1,27 @@
+"""`dg-run plan`: the plan and nothing else."""
+
+from __future__ import annotations
+
+import engine
+from engine.cli import options
+from engine.errors import NothingFitsError
+
+
+def run(arguments: list[str]) -> int:
+    """Print the plan; 4 when nothing fits."""
+    made = options.Parser(
+        "dg-run plan", "Show what would be run, and why, without loading or downloading anything big."
+    )
+    made.add_argument("--exact", action="store_true", help="the listed optimizers are the whole list; choose nothing")
+    made.add_argument("--json", action="store_true", help="print the plan as JSON (schema/plan.schema.json)")
+    options.add_request(made)
+    options.add_hardware(made)
+    options.add_optimizers(made)
+    options.add_choice(made)
+    made.add_argument("--debug", action="store_true", help="show tracebacks")
+    given = made.read(arguments)
+    plan = engine.resolve(
+        **options.request(given), **(options.exact(given) if given.exact else options.constraints(given))
+    )
+    print(plan.to_json() if given.json else plan.explain())
+    return NothingFitsError.exit_code if plan.fits is False else 0

@@ -1,0 +1,95 @@
+"""Make the chosen card, and no other, the one that CUDA sees; then look that it is."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from engine.errors import HardwareError
+from engine.plan import Plan
+from engine.probe import nvml
+
+
+def choose(plan: Plan) -> None:
+    """Set the environment so that the plan's card is CUDA's only one. To be called before torch starts CUDA.
+
+    The card is named by UUID, since CUDA numbers cards by speed and NVML by bus.
+
+    Raises: HardwareError, when the plan is for a card that is not here, or CUDA has already started on others.
+    """
+    if plan.device is None:
+        return
+    planned = next(g for g in plan.hardware.gpus if g.index == plan.device.index)
+    if planned.hypothetical:
+        raise HardwareError(
+            f"the plan is for a hypothetical card ({planned.name})",
+            "it can be read, not run",
+            "plan without --gpu and --vram",
+        )
+    if plan.device.uuid is not None:
+        _make_visible(plan)
+    _cap(plan, planned.total_bytes)
+
+
+def _make_visible(plan: Plan) -> None:
+    assert plan.device is not None and plan.device.uuid is not None
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        _check(plan)
+        return
+    os.environ["CUDA_VISIBLE_DEVICES"] = plan.device.uuid
+    _check(plan)
+
+
+def _cap(plan: Plan, total_bytes: int | None) -> None:
+    """Hold the process to the memory that the user allowed it, so that neighbours on the card are safe."""
+    if plan.request.vram_bytes is not None and total_bytes:
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(min(1.0, plan.request.vram_bytes / total_bytes), 0)
+
+
+def _check(plan: Plan) -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        gpus, because = nvml.visible_gpus()
+        raise HardwareError(
+            "torch cannot use the card that the plan is for",
+            because
+            or f"the driver shows {len(gpus)} card(s), and this torch ({torch.__version__}) starts CUDA on none",
+            "install a torch built for CUDA (pip install torch), or run with --device cpu",
+        )
+    assert plan.device is not None and plan.device.uuid is not None
+    seen = str(torch.cuda.get_device_properties(0).uuid)
+    if not plan.device.uuid.startswith("MIG-") and seen not in plan.device.uuid:
+        raise HardwareError(
+            "CUDA started on another card than the plan's",
+            f"planned {plan.device.uuid}, got GPU-{seen}",
+            "start a new process, without another CUDA_VISIBLE_DEVICES",
+        )
+
+
+def empty_cache(device: str) -> None:
+    """Give cached device memory back to the driver."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
+def peak_allocated_bytes(device: str) -> int | None:
+    """Return the most bytes that were in live device tensors since `reset_peak`, or None without a card."""
+    if device != "cuda":
+        return None
+    import torch
+
+    return int(torch.cuda.max_memory_allocated())
+
+
+def reset_peak(device: str) -> None:
+    """Start measuring the peak anew."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
