@@ -64,11 +64,10 @@ def _with_card(request: Request, seen: Hardware) -> Hardware:
 
 def _named(name: str, gpus: Sequence[Gpu]) -> Gpu | None:
     """Return the card meant by an index, a UUID (or its beginning), or a name (or a part of it that only one has)."""
-    if name.isdecimal():
-        return next((g for g in gpus if g.index == int(name)), None)
+    by_index = [g for g in gpus if name == str(g.index)]
     by_uuid = [g for g in gpus if g.uuid and name.startswith(("GPU-", "MIG-")) and g.uuid.startswith(name)]
     by_name = [g for g in gpus if name.casefold() in g.name.casefold()]
-    found = by_uuid or by_name
+    found = by_index or by_uuid or by_name
     if len(found) > 1:
         raise UsageError(
             f"{name!r} is not one card",

@@ -20,6 +20,7 @@ from engine.errors import DgRunError
 MAX_FILE_BYTES = 1024**2
 MAX_VALUES = 20_000
 MAX_DEPTH = 32
+_COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 Path_ = tuple[str | int, ...]
 
@@ -135,7 +136,7 @@ def parse(text: str, source: str) -> Document:
         finally:
             loader.dispose()
     except yaml.MarkedYAMLError as error:
-        raise DocumentError(source, text, [_yaml_problem(error)]) from None
+        raise DocumentError(source, text, [_yaml_problem(error, text)]) from None
     except yaml.YAMLError as error:
         raise DocumentError(source, text, [_unreadable(error, text)]) from None
     except RecursionError:
@@ -145,9 +146,13 @@ def parse(text: str, source: str) -> Document:
     return Document(source, text, value, builder.values, builder.keys)
 
 
-def _yaml_problem(error: yaml.MarkedYAMLError) -> Problem:
+def _yaml_problem(error: yaml.MarkedYAMLError, text: str) -> Problem:
     mark = error.problem_mark or error.context_mark
     what = str(error.problem or error.context or "this is not YAML")
+    lines = text.splitlines()
+    if mark is not None and lines and mark.line >= len(lines):
+        # The text ended too early: the end of its last line is a place that can be shown.
+        return Problem(Place(len(lines), len(lines[-1]) + 1), f"the document ends too early: {what}")
     do = "indent with spaces, never with tabs" if "\\t" in what or "tab" in what else ""
     return Problem(None if mark is None else Place(mark.line + 1, mark.column + 1), what, do)
 
@@ -182,6 +187,9 @@ class _Builder:
             self._error(node, f"the document holds {limit} once its aliases are followed")
             raise DocumentError(self.source, self.text, self.problems)
         self.values[path] = _place(node)
+        if not isinstance(node, yaml.ScalarNode) and node.tag not in _COLLECTIONS:
+            self._error(node, f"the tag {node.tag!r} is not allowed", "write a plain value")
+            return None
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path, depth)
         if isinstance(node, yaml.SequenceNode):

@@ -57,7 +57,8 @@ def _picture(plan: Plan) -> str:
 
 def _device(plan: Plan) -> str:
     if plan.device is None:
-        return f"CPU ({plan.hardware.no_gpu_because or 'no accelerator'})"
+        chosen = "--device cpu" if plan.request.device == "cpu" else None
+        return f"CPU ({chosen or plan.hardware.no_gpu_because or 'no accelerator'})"
     card = next(g for g in plan.hardware.gpus if g.index == plan.device.index)
     free = "free VRAM not known" if card.free_bytes is None else f"{format_size(card.free_bytes)} free"
     if plan.budget_bytes is not None and plan.headroom_bytes is not None:

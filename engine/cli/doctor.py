@@ -14,14 +14,19 @@ from engine.errors import HardwareError
 _MARKS = {"ok": " ", "note": "·", "fault": "✗"}
 
 
-def run(arguments: list[str]) -> int:
-    """Print one screen; 6 when the hardware or a library is at fault."""
+def parser() -> options.Parser:
+    """Return the parser of `dg-run doctor`."""
     made = options.Parser(
         "dg-run doctor", "Show what this machine has, what is installed, and what is missing and how to get it."
     )
     made.add_argument("--json", action="store_true", help="print it as JSON, for a bug report")
     made.add_argument("--debug", action="store_true", help="show tracebacks")
-    given = made.read(arguments)
+    return made
+
+
+def run(arguments: list[str]) -> int:
+    """Print one screen; 6 when the hardware or a library is at fault."""
+    given = parser().read(arguments)
     lines = doctor.examine()
     if given.json:
         print(

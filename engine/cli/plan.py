@@ -7,8 +7,8 @@ from engine.cli import options
 from engine.errors import NothingFitsError
 
 
-def run(arguments: list[str]) -> int:
-    """Print the plan; 4 when nothing fits."""
+def parser() -> options.Parser:
+    """Return the parser of `dg-run plan`."""
     made = options.Parser(
         "dg-run plan", "Show what would be run, and why, without loading or downloading anything big."
     )
@@ -19,7 +19,12 @@ def run(arguments: list[str]) -> int:
     options.add_optimizers(made)
     options.add_choice(made)
     made.add_argument("--debug", action="store_true", help="show tracebacks")
-    given = made.read(arguments)
+    return made
+
+
+def run(arguments: list[str]) -> int:
+    """Print the plan; 4 when nothing fits."""
+    given = parser().read(arguments)
     plan = engine.resolve(
         **options.request(given), **(options.exact(given) if given.exact else options.constraints(given))
     )

@@ -10,13 +10,18 @@ from engine.values import Match, Profile
 from engine.words import did_you_mean
 
 
-def run(arguments: list[str]) -> int:
-    """List profiles, or show one."""
+def parser() -> options.Parser:
+    """Return the parser of `dg-run profiles`."""
     made = options.Parser("dg-run profiles", "List the profiles, or show one: its text, checked.")
     made.add_argument("action", metavar="list|show", help="list them all, or show one")
     made.add_argument("name", nargs="?", metavar="NAME|FILE", help="which one to show")
     made.add_argument("--debug", action="store_true", help="show tracebacks")
-    given = made.read(arguments)
+    return made
+
+
+def run(arguments: list[str]) -> int:
+    """List profiles, or show one."""
+    given = parser().read(arguments)
     if given.action == "list" and given.name is None:
         return _list()
     if given.action == "show" and given.name is not None:

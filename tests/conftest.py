@@ -1,0 +1,83 @@
+"""What tests share: a cache of their own, no card unless a test brings one, and the embedded pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import probe
+from engine.values import Gpu, Hardware, Host
+
+GIB = 1024**3
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the user's own cache and models out of the tests, and the network."""
+    monkeypatch.setenv("DG_RUN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path_factory.getbasetemp() / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("DG_GROUP_OFFLOAD_TYPE", "DG_STORAGE_DTYPE", "DG_COMPUTE_DTYPE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without an accelerator, whatever this one has."""
+    monkeypatch.setattr(probe, "snapshot", lambda: machine())
+
+
+def card(free_gib: float | None = 23.0, *, arch: str | None = "8.9", index: int = 0, name: str = "Test Card") -> Gpu:
+    """Return a card with so much free."""
+    return Gpu(
+        index=index,
+        name=name,
+        uuid=f"GPU-00000000-0000-0000-0000-{index:012d}",
+        arch=arch,
+        total_bytes=24 * GIB,
+        free_bytes=None if free_gib is None else int(free_gib * GIB),
+    )
+
+
+def machine(*gpus: Gpu) -> Hardware:
+    """Return a machine with these cards."""
+    host = Host(ram_bytes=32 * GIB, total_ram_bytes=64 * GIB, cores=8, platform="linux")
+    return Hardware(gpus=gpus, host=host, no_gpu_because=None if gpus else "no NVIDIA driver was found")
+
+
+@pytest.fixture
+def pipe() -> Iterator[Any]:
+    """The embedded pipeline, fresh, in float32 on the CPU, its bars off."""
+    from diffusers import DiffusionPipeline
+
+    from engine import paths
+
+    loaded = DiffusionPipeline.from_pretrained(paths.embedded_model_dir())
+    loaded.set_progress_bar_config(disable=True)
+    yield loaded
+
+
+def draw(pipe: Any, **more: Any) -> Any:
+    """Return one picture from a pipeline, as an array; the same noise every time."""
+    import numpy as np
+    import torch
+
+    arguments: dict[str, Any] = {
+        "prompt": "a red circle on a blue background",
+        "height": 128,
+        "width": 128,
+        "num_inference_steps": 2,
+        "max_sequence_length": 32,
+        "generator": torch.Generator().manual_seed(0),
+    } | more
+    return np.stack([np.asarray(i) for i in pipe(**arguments).images])
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    """Write a file and return its path."""
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path

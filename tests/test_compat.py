@@ -1,0 +1,109 @@
+"""The rules: the guide's matrix, and what each kind of rule says."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+import engine
+from engine import compat, documents, optimizers, paths
+from engine.errors import IncompatibleError
+from engine.values import Step
+from tests.conftest import card, machine
+
+ROOT = Path(__file__).parents[1]
+ROWS = {
+    # The guide's compatibility matrix, cell by cell: which pairs go together.
+    "vae_slicing": {"model_offload": True, "sequential_offload": True, "group_offload": True, "xdit": True},
+    "vae_tiling": {"model_offload": True, "sequential_offload": True, "group_offload": True, "xdit": True},
+    "model_offload": {"sequential_offload": False, "group_offload": False, "xdit": False},
+    "sequential_offload": {"model_offload": False, "group_offload": False, "xdit": False},
+    "group_offload": {"model_offload": False, "sequential_offload": False, "xdit": False},
+    "layerwise_casting": {"model_offload": True, "sequential_offload": True, "group_offload": True, "xdit": True},
+}
+PAIRS = [(row, column, works) for row, cells in ROWS.items() for column, works in cells.items()]
+SITUATION = {"device": "cuda", "batch": 2, "tiling_starts": True, "casting_computes_in_the_dtype": True}
+
+
+def steps(*names: str) -> tuple[Step, ...]:
+    return tuple(optimizers.spec(n).step() for n in names)
+
+
+@pytest.mark.parametrize(("row", "column", "works"), PAIRS)
+def test_the_matrix(row: str, column: str, works: bool) -> None:
+    listed = optimizers.in_order(steps(row, column))
+    broken = [f for f in compat.findings(listed, SITUATION) if f.breaks and f.rule.kind != "requires"]
+    assert (broken == []) is works
+
+
+@pytest.mark.parametrize(("row", "column"), [(r, c) for r, c, works in PAIRS if not works and c != "xdit"])
+def test_a_refused_pair_names_both_and_the_remedy(row: str, column: str) -> None:
+    with pytest.raises(IncompatibleError) as caught:
+        engine.resolve(optimizers=[row, column], hardware=machine(card()))
+    error = caught.value
+    assert error.exit_code == 3
+    assert row in error.what
+    assert column in error.what
+    assert error.do
+
+
+def test_every_pair_of_placements_is_refused() -> None:
+    placements = [s.name for s in optimizers.specs() if s.is_placement]
+    for pair in itertools.combinations(placements, 2):
+        assert any(f.rule.kind == "excludes" for f in compat.findings(steps(*pair), SITUATION)), pair
+
+
+def test_order_is_held_only_when_both_are_there() -> None:
+    wrong = compat.findings(steps("sequential_offload", "layerwise_casting"), SITUATION)
+    assert [f.sentence for f in wrong] == ["layerwise_casting must come before sequential_offload"]
+    assert compat.findings(steps("layerwise_casting", "sequential_offload"), SITUATION) == ()
+    assert compat.findings(steps("sequential_offload"), SITUATION) == ()
+
+
+def test_xdit_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(IncompatibleError, match="xdit cannot be used here"):
+        engine.resolve(optimizers=["xdit"], hardware=machine(card(), card(index=1)))
+
+
+def test_offloads_have_no_effect_without_an_accelerator() -> None:
+    for name in ("model_offload", "sequential_offload", "group_offload"):
+        plan = engine.resolve(optimizers=[name], hardware=machine())
+        assert [n.optimizer for n in plan.notes if n.kind == "no_effect"] == [name]
+        with_card = engine.resolve(optimizers=[name], hardware=machine(card()))
+        assert [n for n in with_card.notes if n.kind == "no_effect"] == []
+
+
+def test_an_unknown_fact_says_nothing() -> None:
+    assert compat.findings(steps("vae_tiling"), SITUATION | {"tiling_starts": None}) == ()
+    assert compat.findings(steps("vae_tiling"), SITUATION | {"tiling_starts": False}) != ()
+
+
+def test_casting_must_compute_in_the_dtype() -> None:
+    dtype = {"name": "dtype", "params": {"value": "float16"}}
+    cast = {"name": "layerwise_casting", "params": {"compute": "bfloat16"}}
+    with pytest.raises(IncompatibleError, match="layerwise_casting cannot be used here"):
+        engine.resolve(optimizers=[dtype, cast], hardware=machine(card()))
+    same = cast | {"params": {"compute": "float16"}}
+    assert engine.resolve(optimizers=[dtype, same], hardware=machine(card())).fits is None
+
+
+def test_the_rules_obey_their_schema_and_name_known_optimizers() -> None:
+    value = documents.read(paths.data_dir("schema") / "compatibility.yaml").value
+    schema = json.loads((paths.data_dir("schema") / "compatibility.schema.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator(schema).validate(value)
+    ids = [rule["id"] for rule in value["rules"]]
+    assert len(ids) == len(set(ids))
+    assert {s for rule in value["rules"] for s in rule["subjects"]} <= set(optimizers.NAMES)
+    facts = set(compat.situation((), "cpu", 1, None))
+    assert {fact for rule in value["rules"] for fact in rule.get("when", {})} <= facts
+
+
+@pytest.mark.parametrize("rule", compat.rules(), ids=lambda r: r.id)
+def test_every_rule_has_a_test_as_its_evidence(rule: compat.Rule) -> None:
+    file, _, name = rule.evidence.partition("::")
+    assert re.search(rf"^def {name}\(", (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE), rule.evidence

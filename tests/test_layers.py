@@ -1,0 +1,148 @@
+"""The layers: a module imports only from earlier ones, and torch lives behind one edge."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "engine"
+
+# In reading order. A package's own name stands for its __init__.
+LAYERS = [
+    "engine",
+    "engine.version",
+    "engine.units",
+    "engine.errors",
+    "engine.words",
+    "engine.paths",
+    "engine.values",
+    "engine.documents",
+    "engine.validation",
+    "engine.versions",
+    "engine.facts.model",
+    "engine.facts.directory",
+    "engine.facts.embedded",
+    "engine.facts.catalogue",
+    "engine.facts.hub",
+    "engine.facts",
+    "engine.facts.integrity",
+    "engine.probe.host",
+    "engine.probe.nvml",
+    "engine.probe",
+    "engine.optimizers.spec",
+    "engine.optimizers.dtype",
+    "engine.optimizers.layerwise_casting",
+    "engine.optimizers.vae_slicing",
+    "engine.optimizers.vae_tiling",
+    "engine.optimizers.xdit",
+    "engine.optimizers.resident",
+    "engine.optimizers.model_offload",
+    "engine.optimizers.sequential_offload",
+    "engine.optimizers.group_offload",
+    "engine.optimizers",
+    "engine.compat",
+    "engine.profiles",
+    "engine.arguments",
+    "engine.cards",
+    "engine.solver",
+    "engine.plan",
+    "engine.explain",
+    "engine.api",
+    "engine.doctor",
+    "engine.run",
+    "engine.run.progress",
+    "engine.run.device",
+    "engine.run.load",
+    "engine.run.generate",
+    "engine.run.output",
+    "engine.cli.options",
+    "engine.cli.doctor",
+    "engine.cli.generate",
+    "engine.cli.plan",
+    "engine.cli.profiles",
+    "engine.cli",
+    "engine.__main__",
+]
+
+# The few calls upward, each lazy and each on purpose.
+UPWARD = {
+    ("engine", "engine.api"): "the root's names are imported when they are asked for",
+    ("engine", "engine.errors"): "the same",
+    ("engine", "engine.plan"): "the same",
+    ("engine", "engine.version"): "the same",
+    ("engine.plan", "engine.explain"): "Plan.explain",
+    ("engine.plan", "engine.run.load"): "Plan.load and Plan.apply, doors to the torch edge",
+    ("engine.plan", "engine.run.generate"): "Plan.run, a door to the torch edge",
+}
+HEAVY = {"torch", "diffusers", "transformers", "accelerate"}
+EDGE = ("engine.optimizers.", "engine.run.")
+
+
+def _modules() -> dict[str, Path]:
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def _imports(path: Path, known: set[str]) -> Iterator[tuple[str, int]]:
+    """Yield (module, column) of every import, those inside functions and under TYPE_CHECKING included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.col_offset) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield (full if full in known else node.module), node.col_offset
+
+
+def test_every_module_has_its_layer() -> None:
+    assert sorted(_modules()) == sorted(LAYERS)
+
+
+def test_modules_import_only_from_earlier_layers() -> None:
+    place = {name: i for i, name in enumerate(LAYERS)}
+    upward = set()
+    for name, path in _modules().items():
+        for imported, _ in _imports(path, set(LAYERS)):
+            if imported in place and place[imported] > place[name]:
+                upward.add((name, imported))
+    assert upward == set(UPWARD)
+
+
+def test_torch_is_imported_only_at_the_edge_and_only_inside_functions() -> None:
+    wrong = []
+    for name, path in _modules().items():
+        for imported, column in _imports(path, set()):
+            if imported.partition(".")[0] in HEAVY and (column == 0 or not name.startswith(EDGE)):
+                wrong.append((name, imported))
+    assert wrong == []
+
+
+def _fresh(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent)
+    return done.stdout
+
+
+def test_importing_engine_loads_nothing_heavy() -> None:
+    loaded = set(json.loads(_fresh("import sys, json, engine; print(json.dumps(sorted(sys.modules)))")))
+    assert not loaded & (HEAVY | {"pynvml", "yaml", "jsonschema", "numpy", "huggingface_hub"})
+
+
+def test_a_warm_resolve_loads_neither_torch_nor_jsonschema() -> None:
+    code = "import sys, json, engine; engine.resolve(device='cpu'); print(json.dumps(sorted(sys.modules)))"
+    _fresh(code)  # the first validates the shipped files, and remembers that it did
+    assert not set(json.loads(_fresh(code))) & (HEAVY | {"jsonschema", "numpy", "huggingface_hub"})
+
+
+def test_the_public_names_are_those_listed() -> None:
+    import engine
+
+    for name in engine.__all__:
+        assert getattr(engine, name) is not None
+    assert dir(engine) == sorted(engine.__all__)

@@ -1,0 +1,221 @@
+"""Applying plans to the live embedded pipeline, and generating with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import engine
+from engine import optimizers
+from engine.errors import IncompatibleError, ModelError, NothingFitsError, OutOfMemoryError, UsageError
+from engine.optimizers.spec import Context, NotApplied
+from engine.optimizers.spec import modules as optimizer_modules
+from engine.plan import Plan
+from engine.run import device, generate, load
+from tests.conftest import card, draw, machine
+
+HERE = Context(device="cpu", dtype="float32")
+
+
+def plan_for(*steps: Any, **more: Any) -> Plan:
+    return engine.resolve(optimizers=list(steps), hardware=machine(), **more)
+
+
+def step(name: str, **params: Any) -> dict[str, Any]:
+    return {"name": name, "params": params}
+
+
+# Each optimizer, as it acts on a device: the CPU stands in for the card, the hooks are the libraries' own.
+ACTING = {
+    "vae_slicing": step("vae_slicing"),
+    "vae_tiling": step("vae_tiling"),
+    "layerwise_casting": step("layerwise_casting", storage="float16"),
+    "resident": step("resident"),
+    "model_offload": step("model_offload"),
+    "sequential_offload": step("sequential_offload"),
+    "group_offload leaf": step("group_offload", use_stream=False),
+    "group_offload block": step("group_offload", use_stream=False, type="block_level", blocks_per_group=2),
+}
+
+
+def applied(pipe: Any, given: dict[str, Any]) -> str:
+    made = optimizers.spec(given["name"]).step(given["params"])
+    module = optimizers.get(made.name)
+    module.apply(pipe, made, HERE)
+    _stand_in(pipe)
+    return module.verify(pipe, made, HERE)
+
+
+def _stand_in(pipe: Any) -> None:
+    """Let the sequential hooks run on the CPU itself.
+
+    diffusers hands them "cpu:0", and a parameter that is "moved" from "cpu" to that comes back as a plain tensor, which
+    accelerate cannot put away again. A card's index has no such twin.
+    """
+    for component in optimizer_modules(pipe).values():
+        for part in component.modules():
+            if hasattr(part, "_hf_hook") and hasattr(part._hf_hook, "execution_device"):
+                part._hf_hook.execution_device = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ACTING)
+def test_an_optimizer_is_seen_to_hold_only_once_it_was_applied(pipe: Any, name: str) -> None:
+    made = optimizers.spec(ACTING[name]["name"]).step(ACTING[name]["params"])
+    if name != "resident":  # which is where the pipeline is anyway
+        with pytest.raises(NotApplied):
+            optimizers.get(made.name).verify(pipe, made, HERE)
+    assert applied(pipe, ACTING[name])
+
+
+@pytest.mark.parametrize("name", [n for n in ACTING if n not in ("vae_tiling", "layerwise_casting")])
+def test_an_exact_optimizer_leaves_the_picture_as_it_is_twice_in_a_row(pipe: Any, name: str) -> None:
+    plain = draw(pipe)
+    applied(pipe, ACTING[name])
+    assert np.array_equal(draw(pipe), plain)
+    assert np.array_equal(draw(pipe), plain)
+
+
+PERMITTED = [
+    (first, second)
+    for first in ("vae_slicing", "vae_tiling", "layerwise_casting")
+    for second in ("model_offload", "sequential_offload", "group_offload leaf", "group_offload block")
+]
+
+
+@pytest.mark.parametrize(("first", "second"), PERMITTED)
+def test_the_pairs_that_the_guide_permits_work_together(pipe: Any, first: str, second: str) -> None:
+    applied(pipe, ACTING[first])
+    alone = draw(pipe)
+    applied(pipe, ACTING[second])
+    assert np.array_equal(draw(pipe), alone)
+
+
+def test_fp8_storage_keeps_the_picture_near(pipe: Any) -> None:
+    plain = draw(pipe, num_inference_steps=8)
+    applied(pipe, step("layerwise_casting"))
+    difference = np.abs(draw(pipe, num_inference_steps=8).astype(int) - plain)
+    assert 0 < difference.mean() < 16
+    weight = pipe.transformer.transformer_blocks[0].attn.to_q.weight
+    assert weight.dtype == torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(("value", "torch_dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_dtype_is_what_the_whole_pipeline_is_loaded_in(value: str, torch_dtype: torch.dtype) -> None:
+    pipe = plan_for(step("dtype", value=value)).load()
+    assert {m.dtype for m in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)} == {torch_dtype}
+
+
+def test_a_pipeline_of_another_dtype_is_refused_since_dtype_acts_while_loading(pipe: Any) -> None:
+    with pytest.raises(IncompatibleError, match="dtype acts while a pipeline is loaded"):
+        plan_for(step("dtype", value="bfloat16")).apply(pipe)
+    assert plan_for(step("dtype", value="float32")).apply(pipe) is pipe
+
+
+@pytest.mark.parametrize("name", ["model_offload", "sequential_offload", "group_offload leaf"])
+def test_a_pipeline_that_is_already_offloaded_is_refused(pipe: Any, name: str) -> None:
+    applied(pipe, ACTING[name])
+    with pytest.raises(IncompatibleError, match="already offloaded"):
+        plan_for("resident").apply(pipe)
+
+
+def test_without_an_accelerator_an_offload_is_passed_over_and_the_run_goes_on() -> None:
+    pipe = plan_for("group_offload").load()
+    assert not hasattr(pipe.transformer, "_diffusers_hook")
+    assert draw(pipe).shape == (1, 128, 128, 3)
+
+
+def test_a_plan_that_does_not_fit_is_not_run() -> None:
+    plan = engine.resolve(hardware=machine(card(2)))
+    for door in (plan.load, lambda: plan.run("a red circle"), lambda: plan.apply(object())):
+        with pytest.raises(NothingFitsError, match="GiB short"):
+            door()
+
+
+def test_pictures_carry_what_they_were_made_with() -> None:
+    plan = engine.resolve(batch=2, steps=2, hardware=machine())
+    pictures = list(plan.run(["a red circle on a blue background", "a white square on a red background"], seed=11))
+    assert [p.info["seed"] for p in pictures] == [11, 12, 13, 14]
+    assert [p.info["prompt"].split()[1] for p in pictures] == ["red", "red", "white", "white"]
+    assert {p.info["plan_digest"] for p in pictures} == {plan.digest}
+
+
+def test_a_seed_means_the_same_picture_alone_and_in_a_batch() -> None:
+    prompt = "a red circle on a blue background"
+    (alone,) = engine.resolve(steps=2, hardware=machine()).run(prompt, seed=12)
+    _, second = engine.resolve(steps=2, batch=2, hardware=machine()).run(prompt, seed=11)
+    difference = np.abs(np.asarray(alone).astype(int) - np.asarray(second))
+    assert difference.max() <= 1
+    (again,) = engine.resolve(steps=2, hardware=machine()).run(prompt, seed=12)
+    assert np.array_equal(np.asarray(again), np.asarray(alone))
+
+
+@pytest.mark.parametrize("prompts", ["", "  ", [], ["a red circle", ""]])
+def test_an_empty_prompt_is_refused(prompts: Any) -> None:
+    with pytest.raises(UsageError, match="the prompt is empty"):
+        engine.resolve(hardware=machine()).run(prompts)
+
+
+def test_an_argument_that_the_pipeline_does_not_take_is_named() -> None:
+    plan = engine.resolve(call={"clip_skip": 2}, frames=5, hardware=machine())
+    with pytest.raises(UsageError, match="FluxPipeline does not take num_frames, clip_skip"):
+        list(plan.run("a red circle"))
+
+
+def test_what_the_pipeline_refuses_is_a_usage_error() -> None:
+    plan = engine.resolve(call={"max_sequence_length": 4096}, hardware=machine())
+    with pytest.raises(UsageError, match="max_sequence_length"):
+        list(plan.run("a red circle"))
+
+
+def test_running_out_of_memory_has_its_own_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import FluxPipeline
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore lines")
+
+    monkeypatch.setattr(FluxPipeline, "prepare_latents", refuse)
+    with pytest.raises(OutOfMemoryError) as caught:
+        list(engine.resolve(hardware=machine()).run("a red circle"))
+    assert caught.value.exit_code == 7
+    assert caught.value.why == "CUDA out of memory. Tried to allocate 2.00 GiB."
+
+
+def test_a_class_that_the_library_does_not_have_is_the_models_fault(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text('{"_class_name": "NoSuchPipeline", "_diffusers_version": "0.42.1"}')
+    with pytest.raises(ModelError) as caught:
+        engine.resolve(tmp_path, hardware=machine()).load()
+    assert "NoSuchPipeline" in str(caught.value)
+
+
+def test_a_plan_for_a_card_does_not_run_where_torch_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(engine.HardwareError, match="torch cannot use the card"):
+        engine.resolve(hardware=machine(card())).load()
+
+
+def test_the_chosen_card_is_made_visible_by_its_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setattr(device, "_check", lambda plan: None)
+    plan = engine.resolve(gpu=1, hardware=machine(card(20), card(20, index=1)))
+    device.choose(plan)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-00000000-0000-0000-0000-000000000001"
+
+
+def test_seeds_lie_in_their_range() -> None:
+    assert all(0 <= generate.new_seed() <= generate.MAX_SEED for _ in range(100))
+
+
+def test_an_optimizer_that_cannot_act_says_so_by_name(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise NotImplementedError("`AutoencoderKL` does not implement tiling.")
+
+    monkeypatch.setattr(pipe.vae, "enable_tiling", refuse)
+    with pytest.raises(IncompatibleError, match="vae_tiling cannot act on FluxPipeline"):
+        load.apply(plan_for("vae_tiling"), pipe)
