@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 SCHEMA = "dg-run/plan@1"
 
-# What was seen or allowed on one machine, not what would be run.
-_SEEN = ("device", "gpu", "vram_bytes", "host_ram_bytes", "headroom_bytes")
+# What was seen or allowed on one machine, not what would be run. A profile counts by name, version and steps,
+# not by the path it was found at.
+_SEEN = ("device", "gpu", "vram_bytes", "host_ram_bytes", "headroom_bytes", "profile")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

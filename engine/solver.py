@@ -182,7 +182,7 @@ def _free_vram(profile: Profile, gpu: Gpu | None) -> Rejection | None:
         return None
     wants = f"it wants {format_size(at_least)} of free VRAM"
     if gpu is None:
-        because, remedy, short = "it is for a card, and there is no accelerator", "use a machine with a card", None
+        because, remedy, short = "made for a card, and there is no accelerator", "use a machine with a card", None
     elif gpu.free_bytes is None:
         because, remedy, short = f"{wants}, and how much is free is not known", "say how much: --vram SIZE", None
     elif at_least > gpu.free_bytes:
@@ -247,7 +247,9 @@ def _changes(profile: Profile, steps: Sequence[Step], request: Request) -> tuple
         Note(
             kind="dropped",
             optimizer=n,
-            because="you forbade it" if n in request.forbid else "you asked for another placement",
+            because="left out, since you forbade it"
+            if n in request.forbid
+            else "left out, since you asked for another placement",
         )
         for n in sorted(own - now)
     ]

@@ -61,6 +61,7 @@ USAGE = {
     "card that is not here": (["--auto", *PROMPT, "--gpu", "RTX 4090"], "there is no card 'RTX 4090' here"),
     "profile without auto": ([*PROMPT, "--profile", "low"], "--profile guides a choice"),
     "cards without xdit": ([*PROMPT, "--num_gpus", "2"], "needs --backend xdit"),
+    "auto and exact": (["plan", "--auto", "--exact"], "contradict each other"),
     "unknown required": (["--auto", *PROMPT, "--require", "tiling"], "there is no optimizer 'tiling'"),
 }
 
@@ -155,6 +156,13 @@ def test_plan_as_json_obeys_the_schema(capsys: pytest.CaptureFixture[str]) -> No
     plan = json.loads(out)
     jsonschema.Draft202012Validator(json.loads(validation.schema_text("plan"))).validate(plan)
     assert plan["fits"] is None
+
+
+def test_a_command_line_becomes_its_plan_by_one_word(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--auto", *PROMPT, "--seed", "7", "--output", "p.png", "--enable-vae-tiling"]
+    code, out, _ = run(capsys, "plan", *words)
+    assert code == 0
+    assert "vae_tiling" in out
 
 
 def test_plan_says_when_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,27 +28,11 @@ def parser() -> options.Parser:
     made = options.Parser(
         "dg-run",
         "Draw a picture with a diffusion model on the GPU that is there (or the CPU).",
+        usage='dg-run --auto --prompt "…" [options]',
         epilog=f"{EXAMPLES}{commands}\n\nAn option is written with underscores or hyphens, as you like.",
     )
-    made.add_argument(
-        "--auto",
-        action="store_true",
-        help="read the machine and choose a profile; else exactly the listed optimizers are applied",
-    )
-    made.add_argument("--prompt", metavar="TEXT", help="what to draw")
+    options.add_job(made)
     options.add_request(made)
-    made.add_argument(
-        "--seed",
-        type=options.whole,
-        metavar="N",
-        help="the same seed, the same picture (default: a new one, which is said)",
-    )
-    made.add_argument(
-        "--output", type=Path, metavar="FILE.png", help="where the picture goes (default: a new name in outputs/)"
-    )
-    options.add_hardware(made)
-    options.add_optimizers(made)
-    options.add_choice(made)
     made.add_argument("--debug", action="store_true", help="show the libraries' own notices, and tracebacks")
     made.add_argument("--version", action="version", version=f"dg-run {engine.__version__}")
     return made

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from engine import optimizers
@@ -77,8 +78,31 @@ def number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
 
 
+def add_job(parser: Parser) -> None:
+    """Add what makes a plan into a picture."""
+    parser.add_argument(
+        "--auto",
+        action="store_true",
+        help="read the machine and choose a profile; else exactly the listed optimizers are applied",
+    )
+    parser.add_argument("--prompt", metavar="TEXT", help="what to draw")
+    parser.add_argument(
+        "--seed", type=whole, metavar="N", help="the same seed, the same picture (default: a new one, which is said)"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.png", help="where the picture goes (default: a new name in outputs/)"
+    )
+
+
 def add_request(parser: Parser) -> None:
-    """Add what is asked for: the model, sizes, and the call."""
+    """Add what a plan is made from: the request, the hardware, the optimizers, and what guides the choice."""
+    _add_sizes(parser)
+    _add_hardware(parser)
+    _add_optimizers(parser)
+    _add_choice(parser)
+
+
+def _add_sizes(parser: Parser) -> None:
     group = parser.add_argument_group("what to draw with")
     group.add_argument(
         "--model",
@@ -102,8 +126,7 @@ def add_request(parser: Parser) -> None:
     )
 
 
-def add_hardware(parser: Parser) -> None:
-    """Add what it may run on."""
+def _add_hardware(parser: Parser) -> None:
     group = parser.add_argument_group("what to run on")
     group.add_argument(
         "--device", choices=DEVICES, help="cpu leaves the card alone; cuda insists on it (default: what is there)"
@@ -114,8 +137,7 @@ def add_hardware(parser: Parser) -> None:
     group.add_argument("--headroom", metavar="SIZE", help="leave this much of the free VRAM alone (default: 512MiB)")
 
 
-def add_optimizers(parser: Parser) -> None:
-    """Add what may be done to make it fit: the reference guide's flags, and constraints."""
+def _add_optimizers(parser: Parser) -> None:
     group = parser.add_argument_group(
         "how to make it fit", "with --auto these are conditions on the choice, without it they are the whole list"
     )
@@ -141,8 +163,7 @@ def add_optimizers(parser: Parser) -> None:
     group.add_argument("--num_gpus", type=whole, metavar="N", help="cards for xdit")
 
 
-def add_choice(parser: Parser) -> None:
-    """Add what guides the choice of a profile."""
+def _add_choice(parser: Parser) -> None:
     group = parser.add_argument_group("how to choose")
     group.add_argument("--profile", metavar="NAME|FILE", help="use this profile (`dg-run profiles list`)")
     group.add_argument(

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import engine
 from engine.cli import options
-from engine.errors import NothingFitsError
+from engine.errors import NothingFitsError, UsageError
 
 
 def parser() -> options.Parser:
     """Return the parser of `dg-run plan`."""
     made = options.Parser(
-        "dg-run plan", "Show what would be run, and why, without loading or downloading anything big."
+        "dg-run plan",
+        "Show what would be run, and why, without loading or downloading anything big.\n"
+        "It takes the options of the main job, so that one word turns a command line into its plan;\n"
+        "the prompt, the seed and the output decide nothing.",
     )
     made.add_argument("--exact", action="store_true", help="the listed optimizers are the whole list; choose nothing")
     made.add_argument("--json", action="store_true", help="print the plan as JSON (schema/plan.schema.json)")
+    options.add_job(made)
     options.add_request(made)
-    options.add_hardware(made)
-    options.add_optimizers(made)
-    options.add_choice(made)
     made.add_argument("--debug", action="store_true", help="show tracebacks")
     return made
 
@@ -25,6 +26,8 @@ def parser() -> options.Parser:
 def run(arguments: list[str]) -> int:
     """Print the plan; 4 when nothing fits."""
     given = parser().read(arguments)
+    if given.auto and given.exact:
+        raise UsageError("--auto and --exact contradict each other", do="leave one of them out")
     plan = engine.resolve(
         **options.request(given), **(options.exact(given) if given.exact else options.constraints(given))
     )

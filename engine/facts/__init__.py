@@ -29,7 +29,7 @@ def find(name: str | None) -> Model:
             "the model's name is empty", do="give a directory, or a name such as black-forest-labs/FLUX.1-schnell"
         )
     path = Path(name).expanduser()
-    if _exists(path):
+    if _exists(path, name):
         return directory.read(path, name)
     if not _HUB_ID.match(name):
         raise ModelError(
@@ -44,10 +44,14 @@ def find(name: str | None) -> Model:
     return hub.fetch(name, _suggestion(name))
 
 
-def _exists(path: Path) -> bool:
+def _exists(path: Path, name: str) -> bool:
     try:
         return path.exists()
-    except OSError:  # a name too long for a file is no file
+    except PermissionError:
+        raise ModelError(
+            f"{name} cannot be read", "permission denied", "check who may read the model's directory"
+        ) from None
+    except (OSError, ValueError):  # a name too long for a file, or with a NUL in it, is no file
         return False
 
 
