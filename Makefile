@@ -33,8 +33,9 @@ lint: $(STAMP) ## ruff, mypy --strict, and whether generated files are fresh
 schemas: $(STAMP) ## regenerate schema/profile.schema.json from the optimizers' specs
 	$(BIN)/python -m tools.make_schemas
 
-model: $(STAMP) ## train the embedded model again, from nothing, into build/tiny-flux (about 45 minutes on 2 cores)
+model: $(STAMP) ## train the embedded model again, from nothing, into build/tiny-flux (under an hour on 2 cores)
 	$(BIN)/python -m tools.tiny_flux build --out build/tiny-flux --seed 0
+	$(BIN)/python -m tools.tiny_flux refine build/tiny-flux --seed 0
 
 wheel: $(STAMP) ## build dist/*.whl
 	$(BIN)/python -m build --outdir dist

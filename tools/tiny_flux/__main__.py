@@ -1,4 +1,4 @@
-"""`python -m tools.tiny_flux build|judge`: train the embedded pipeline, or measure one that is there."""
+"""`python -m tools.tiny_flux build|refine|judge`: train the embedded pipeline, or measure one that is there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from PIL import Image
 
 from tools.tiny_flux import flow, vae
@@ -46,9 +46,25 @@ def build(out: Path, seed: int, vae_steps: int, flow_steps: int, compile_step: b
     pipeline.save_pretrained(out, safe_serialization=True)
     # The tokenizers again: one that has been used saves the padding and truncation of its last call.
     save_tokenizers(out)
-    for file in out.rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o644)
+    make_readable(out)
     print(f"built in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def make_readable(folder: Path) -> None:
+    """Let everybody read the files: weights are saved for their owner only."""
+    for file in folder.rglob("*"):
+        file.chmod(0o755 if file.is_dir() else 0o644)
+
+
+def refine(folder: Path, seed: int, steps: int) -> None:
+    """Train the decoder of a built pipeline further, in place."""
+    allowed = [t for t in triples() if t not in held_out_triples()]
+    autoencoder = AutoencoderKL.from_pretrained(folder / "vae")
+    vae.refine(autoencoder, seed, allowed, steps)
+    # Without this the configuration would carry the path it was loaded from.
+    autoencoder.register_to_config(_name_or_path="")
+    autoencoder.to(torch.float16).save_pretrained(folder / "vae")
+    make_readable(folder)
 
 
 def judge_folder(folder: Path, seeds: int, grid: Path | None, tiling: bool) -> None:
@@ -78,6 +94,10 @@ def main() -> None:
     builder.add_argument("--vae-steps", type=int, default=vae.STEPS)
     builder.add_argument("--flow-steps", type=int, default=flow.STEPS)
     builder.add_argument("--no-compile", action="store_true", help="do not use torch.compile (needs a C++ compiler)")
+    refiner = commands.add_parser("refine", help="train the decoder of a built folder further, in place")
+    refiner.add_argument("folder", type=Path)
+    refiner.add_argument("--seed", type=int, default=0)
+    refiner.add_argument("--steps", type=int, default=vae.REFINE_STEPS)
     judge = commands.add_parser("judge", help="measure a folder on the held-out prompts")
     judge.add_argument("folder", type=Path)
     judge.add_argument("--seeds", type=int, default=3)
@@ -86,6 +106,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "build":
         build(options.out, options.seed, options.vae_steps, options.flow_steps, not options.no_compile)
+    elif options.command == "refine":
+        refine(options.folder, options.seed, options.steps)
     else:
         judge_folder(options.folder, options.seeds, options.grid, options.tiling)
 

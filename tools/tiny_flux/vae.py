@@ -18,6 +18,10 @@ KL_WARMUP_STEPS = 400
 LEARNING_RATE = 2e-3
 CROP_PX = 64
 CHANNELS = 8
+LATENT_SIDE = 16
+REFINE_STEPS = 4000
+REFINE_LEARNING_RATE = 1e-3
+REFINE_NOISE = 0.35
 
 
 def untrained() -> AutoencoderKL:
@@ -91,6 +95,48 @@ def train(seed: int, allowed: list[tuple[str, str, str]], steps: int = STEPS) ->
                 f"vae {step:5d}/{steps} loss {float(loss.detach()):.4f} psnr {psnr:.1f} dB {passed_s:.0f} s", flush=True
             )
     return model.eval().requires_grad_(False)
+
+
+def refine(model: AutoencoderKL, seed: int, allowed: list[tuple[str, str, str]], steps: int = REFINE_STEPS) -> None:
+    """Train the decoder alone on what it will meet: latents that are a little wrong, and windows of latents.
+
+    Latents stay as they are, so that a transformer trained on them is not touched. Generated latents are never exact:
+    noise, half of it smooth, teaches the decoder to draw a clean outline all the same. Tiled decoding cuts windows out
+    of latents that were encoded whole: half of the steps do the same.
+    """
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    model.to(memory_format=torch.channels_last)
+    trained = [*model.decoder.parameters(), *model.post_quant_conv.parameters()]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(trained, lr=REFINE_LEARNING_RATE, weight_decay=0.0)
+    start = time.perf_counter()
+    scale = CANVAS_PX // LATENT_SIDE
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = REFINE_LEARNING_RATE * min(1, step / 50) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+        pictures, _ = draw_batch(8, rng, allowed)
+        with torch.no_grad():
+            latents = model.encode(pictures.to(memory_format=torch.channels_last)).latent_dist.mode()
+        smooth = torch.nn.functional.interpolate(torch.randn(8, CHANNELS, 4, 4), size=LATENT_SIDE, mode="bilinear")
+        noise = torch.where(torch.rand(8, 1, 1, 1) < 0.5, torch.randn_like(latents), smooth)
+        latents = latents + noise * torch.rand(8, 1, 1, 1) * REFINE_NOISE
+        if step % 2:
+            side = CROP_PX // scale
+            y, x = rng.randrange(LATENT_SIDE - side + 1), rng.randrange(LATENT_SIDE - side + 1)
+            latents = latents[:, :, y : y + side, x : x + side]
+            pictures = pictures[:, :, y * scale : y * scale + CROP_PX, x * scale : x * scale + CROP_PX]
+        error = model.decode(latents.contiguous(memory_format=torch.channels_last)).sample - pictures
+        loss = error.abs().mean() + error.pow(2).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        if step % 200 == 0 or step == steps - 1:
+            passed_s = time.perf_counter() - start
+            print(f"refine {step:5d}/{steps} loss {float(loss.detach()):.4f} {passed_s:.0f} s", flush=True)
+    model.requires_grad_(False)
 
 
 @torch.no_grad()
