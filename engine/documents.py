@@ -7,6 +7,7 @@ that occur once, and aliases cannot blow a small file up into a large value.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -123,6 +124,35 @@ def read_text(path: Path) -> str:
 def read(path: Path) -> Document:
     """Return the document in a YAML (or JSON) file. Raises: DocumentError, OSError."""
     return parse(read_text(path), str(path))
+
+
+def parse_json(text: str, source: str) -> Document:
+    """Return the document in a JSON text, which YAML's rules would not always read as what it is.
+
+    Raises: DocumentError, with the place of what is wrong.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_unique)
+    except json.JSONDecodeError as error:
+        raise DocumentError(
+            source, text, [Problem(Place(error.lineno, error.colno), f"this is not JSON: {error.msg}")]
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise DocumentError(source, text, [Problem(None, f"this is not usable JSON: {error}")]) from None
+    try:
+        # Only for the places of values: nearly all JSON is YAML, and where it is not, problems have no place.
+        shape = parse(text, source)
+    except DocumentError:
+        return Document(source, text, value, {}, {})
+    return Document(source, text, value, shape.values, shape.keys)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is here twice")
+    return result
 
 
 def parse(text: str, source: str) -> Document:

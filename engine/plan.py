@@ -53,7 +53,7 @@ class Plan:
     def from_json(cls, text: str, source: str = "the plan") -> Plan:
         """Return the plan in a JSON text. Raises: FileError, when it is not valid or its digest does not match."""
         try:
-            document = documents.parse(text, source)
+            document = documents.parse_json(text, source)
             validation.check(document, "plan")
         except DocumentError as error:
             raise error.told(FileError, "this is not a valid plan") from None

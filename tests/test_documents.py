@@ -116,7 +116,7 @@ def test_no_text_whatever_gets_anything_but_a_value_or_a_document_error(text: st
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(10**15), 10**15) | st.text("abc :#-'\"é\n", max_size=10),
+    st.none() | st.booleans() | st.integers(-(10**15), 10**15) | st.text(max_size=10),
     lambda inner: (
         st.lists(inner, max_size=4) | st.dictionaries(st.text("abcdef", min_size=1, max_size=4), inner, max_size=4)
     ),
@@ -124,6 +124,17 @@ json_values = st.recursive(
 )
 
 
-@given(json_values)
-def test_json_is_read_as_what_it_says(value: object) -> None:
-    assert documents.parse(json.dumps(value), "f").value == value
+@given(json_values, st.booleans())
+def test_json_is_read_as_what_it_says(value: object, is_ascii: bool) -> None:
+    assert documents.parse_json(json.dumps(value, ensure_ascii=is_ascii), "f").value == value
+
+
+def test_what_is_json_and_not_yaml_is_read_as_json() -> None:
+    assert documents.parse_json('{"a": "\x7f", "b": "\\ud83d\\ude00", "c": [1e400]}', "f").value["b"] == "\U0001f600"
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"a": 1, "a": 2}', "[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
+def test_what_is_not_usable_json_is_refused(text: str) -> None:
+    with pytest.raises(DocumentError) as caught:
+        documents.parse_json(text, "f")
+    assert caught.value.problems

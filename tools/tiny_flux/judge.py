@@ -3,6 +3,7 @@
 The measure, in full (pictures are [128, 128, 3], colours in [-1, 1]):
 
 - background: the median colour of the 3-pixel frame, named by the nearest of the eight colours;
+- on a background that has no name nothing else is judged: what differs from mud or noise is no figure;
 - mask: pixels farther than 0.5 from that median, opened by a 3 x 3 square so that specks do not count;
 - figure colour: the median colour of the mask eroded by 2 pixels, named by the nearest of the eight;
 - a colour counts only within 0.45 of its name, so that mud is nobody's colour;
@@ -107,7 +108,7 @@ def judge(picture: NDArray[np.uint8]) -> Verdict:
     far: Mask = np.linalg.norm(pixels - ground, axis=-1) > MASK_REACH
     mask = _dilate(_erode(far))
     background = _name(ground)
-    if mask.sum() < 40:
+    if background is None or mask.sum() < 40:
         return Verdict(background, None, None, None)
     core = _erode(mask, 2)
     figure = _name(np.median(pixels[core if core.any() else mask], axis=0))
