@@ -61,11 +61,13 @@ def settle_libraries(progress: Progress, *, debug: bool) -> None:
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 
-    for library in (diffusers_logging, transformers_logging):
-        if not progress.bars():
-            library.disable_progress_bar()
-        if not debug:
-            library.set_verbosity_error()
+    # diffusers counts components; a bar of weights within each of them would only flicker.
+    transformers_logging.disable_progress_bar()
+    if not progress.bars():
+        diffusers_logging.disable_progress_bar()
+    if not debug:
+        diffusers_logging.set_verbosity_error()
+        transformers_logging.set_verbosity_error()
     if not debug:
         warnings.filterwarnings("ignore", module=r"(torch|diffusers|transformers|accelerate)\b.*")
 
