@@ -95,7 +95,7 @@ def _plan(request: Request, seen: Hardware, card: Gpu | None, decision: solver.D
     reference = None if taken is None else ProfileRef(name=taken.name, version=taken.version, source=taken.source)
     headroom_bytes = budget_bytes = None
     if card is not None:
-        headroom_bytes = request.headroom_bytes or solver.HEADROOM_BYTES
+        headroom_bytes = cards.headroom_bytes(request, card)
         budget_bytes = None if card.free_bytes is None else max(0, card.free_bytes - headroom_bytes)
     return Plan(
         request=request,

@@ -21,6 +21,7 @@ def plan_text(plan: Plan) -> str:
     ]
     if plan.optimizers:
         rows.append(("steps", "\n".join(f"{i}. {_step(s, plan.notes)}" for i, s in enumerate(plan.optimizers, 1))))
+    rows += [("note", text) for text in plan.hardware.notes]
     rows += [("note", f"{n.optimizer}: {n.because}" if n.optimizer else n.because) for n in _other_notes(plan)]
     if plan.fits is not False:
         rows.append(("memory", NOT_ESTIMATED))
@@ -56,10 +57,10 @@ def _picture(plan: Plan) -> str:
 
 
 def _device(plan: Plan) -> str:
-    if plan.device is None:
+    card = plan.card
+    if card is None:
         chosen = "--device cpu" if plan.request.device == "cpu" else None
         return f"CPU ({chosen or plan.hardware.no_gpu_because or 'no accelerator'})"
-    card = next(g for g in plan.hardware.gpus if g.index == plan.device.index)
     free = "free VRAM not known" if card.free_bytes is None else f"{format_size(card.free_bytes)} free"
     if plan.budget_bytes is not None and plan.headroom_bytes is not None:
         free += f", budget {format_size(plan.budget_bytes)} after {format_size(plan.headroom_bytes)} of headroom"

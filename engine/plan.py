@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from engine import documents, validation
 from engine.documents import DocumentError
 from engine.errors import FileError
-from engine.values import Device, Estimate, FrozenDict, Hardware, Note, ProfileRef, Rejection, Request, Step
+from engine.values import Device, Estimate, FrozenDict, Gpu, Hardware, Note, ProfileRef, Rejection, Request, Step
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,14 +67,22 @@ class Plan:
         return plan
 
     def without_identity(self) -> Plan:
-        """Return the plan without what names this one card, for files that travel."""
-        gpus = tuple(dataclasses.replace(g, uuid=None) for g in self.hardware.gpus)
+        """Return the plan without what names this one card and its users, for files that travel."""
+        gpus = tuple(dataclasses.replace(g, uuid=None, processes=()) for g in self.hardware.gpus)
         return dataclasses.replace(
             self,
             hardware=dataclasses.replace(self.hardware, gpus=gpus),
             device=None if self.device is None else dataclasses.replace(self.device, uuid=None),
             request=dataclasses.replace(self.request, gpu=None),
         )
+
+    @property
+    def card(self) -> Gpu | None:
+        """The card (or MIG instance) that the plan is for, as it was seen."""
+        if self.device is None:
+            return None
+        meant = [g for g in self.hardware.gpus if (g.uuid, g.index) == (self.device.uuid, self.device.index)]
+        return meant[0] if meant else None
 
     @property
     def torch_device(self) -> str:

@@ -15,12 +15,10 @@ from engine import compat, optimizers
 from engine.errors import IncompatibleError
 from engine.facts.model import Model
 from engine.optimizers import dtype
-from engine.units import MIB, format_size
+from engine.units import format_size
 from engine.values import FrozenDict, Gpu, Note, Profile, Rejection, Request, Step
 from engine.words import listing
 
-HEADROOM_BYTES = 512 * MIB
-HEADROOM_BECAUSE = "left for the display and for neighbours whose use moves between the probe and the run"
 _QUALITY = ("exact", "near", "lossy")
 
 

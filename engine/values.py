@@ -22,8 +22,20 @@ class FrozenDict(dict[str, Any]):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GpuProcess:
+    """Somebody else's process on a card; its name is the program's, without the folder."""
+
+    pid: int
+    name: str | None
+    used_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One card that a run could use, at one moment."""
+    """One card, or one MIG instance of a card, at one moment.
+
+    A field that is None is not known, and `unknown` says why. `index` is NVML's (by bus), which is not CUDA's.
+    """
 
     index: int
     name: str
@@ -32,8 +44,27 @@ class Gpu:
     """Compute capability, as "8.9"."""
     total_bytes: int | None
     free_bytes: int | None
+    reserved_bytes: int | None = None
+    """What the driver and firmware keep for themselves; not part of `used_bytes`."""
+    used_bytes: int | None = None
     mig: bool = False
+    mig_instance: int | None = None
     hypothetical: bool = False
+    unified_memory: bool = False
+    """The card shares the host's memory: `total_bytes` and `free_bytes` are then the host's."""
+    driver_model: str | None = None
+    """On Windows "WDDM" or "TCC"; under WDDM memory beyond the card spills to the host in silence."""
+    display_active: bool | None = None
+    pcie_generation: int | None = None
+    """The highest that card and slot agree on: an idle link reports generation 1."""
+    pcie_width: int | None = None
+    nvlink_links: int | None = None
+    cores: int | None = None
+    sm_clock_mhz: int | None = None
+    memory_clock_mhz: int | None = None
+    memory_bus_bits: int | None = None
+    processes: tuple[GpuProcess, ...] = ()
+    unknown: Mapping[str, str] = field(default_factory=FrozenDict)
 
     @property
     def compute_capability(self) -> tuple[int, int] | None:
@@ -52,6 +83,29 @@ class Host:
     total_ram_bytes: int | None
     cores: int | None
     platform: str
+    swap_free_bytes: int | None = None
+    model_disk_free_bytes: int | None = None
+    """On the disk of the Hugging Face cache."""
+    output_disk_free_bytes: int | None = None
+    """On the disk of the current directory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Driver:
+    """The NVIDIA driver; `cuda` is the newest CUDA version that it runs, as "13.0"."""
+
+    version: str | None
+    cuda: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """Something of the hardware that does not work: of one card, or of the driver as a whole (index None)."""
+
+    index: int | None
+    what: str
+    why: str
+    do: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +114,9 @@ class Hardware:
 
     gpus: tuple[Gpu, ...]
     host: Host
+    driver: Driver | None = None
+    faults: tuple[Fault, ...] = ()
+    notes: tuple[str, ...] = ()
     no_gpu_because: str | None = None
 
 

@@ -58,7 +58,12 @@ USAGE = {
     "seed above": (["--auto", *PROMPT, "--seed", str(2**32)], "between 0 and 4294967295"),
     "bad call": (["--auto", *PROMPT, "--call", "steps"], "is not NAME=VALUE"),
     "bad size": (["--auto", *PROMPT, "--vram", "lots"], "'lots' is not a size"),
-    "card that is not here": (["--auto", *PROMPT, "--gpu", "RTX 4090"], "there is no card 'RTX 4090' here"),
+    "card that is not here": (
+        ["--auto", *PROMPT, "--gpu", "RTX 4090"],
+        "for a card that is not here (GeForce RTX 4090)",
+    ),
+    "more memory than is here": (["--auto", *PROMPT, "--vram", "24GiB"], "the plan is for a card that is not here"),
+    "card that nobody knows": (["--auto", *PROMPT, "--gpu", "Voodoo 9"], "here or in the table of known cards"),
     "profile without auto": ([*PROMPT, "--profile", "low"], "--profile guides a choice"),
     "cards without xdit": ([*PROMPT, "--num_gpus", "2"], "needs --backend xdit"),
     "auto and exact": (["plan", "--auto", "--exact"], "contradict each other"),
@@ -90,7 +95,6 @@ OTHERS: dict[str, tuple[int, list[str], str]] = {
         [*PROMPT, "--backend", "xdit", "--enable_cpu_offload"],
         "xdit and model_offload cannot be combined",
     ),
-    "imagined card": (6, ["--auto", *PROMPT, "--vram", "24GiB"], "the plan is for a card that is not here"),
     "too little vram": (4, ["--auto", *PROMPT, "--vram", "1GiB"], "4.40 GiB short"),
     "no card": (6, ["--auto", *PROMPT, "--device", "cuda"], "there is no card"),
     "unknown model": (
@@ -266,7 +270,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     for word in ("torch", "diffusers", "host RAM", "embedded", "hub cache"):
         assert word in out
     code, out, _ = run(capsys, "doctor", "--json")
-    assert {line["section"] for line in json.loads(out)["lines"]} == {"machine", "libraries", "models"}
+    said = json.loads(out)
+    assert set(said) == {"dg-run", "hardware", "versions", "findings"}
+    assert said["hardware"]["host"]["cores"] == 8
     assert str(Path.home()) not in out
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path, PurePosixPath
 
 import psutil
 
+from engine import paths
 from engine.values import Host
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -17,6 +19,7 @@ PROC_SELF_CGROUP = Path("/proc/self/cgroup")
 def snapshot() -> Host:
     """Return the host now."""
     memory = psutil.virtual_memory()
+    swap = _swap_free_bytes()
     room = cgroup_available_bytes()
     limit = cgroup_limit_bytes()
     return Host(
@@ -24,7 +27,27 @@ def snapshot() -> Host:
         total_ram_bytes=memory.total if limit is None else min(memory.total, limit),
         cores=len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         platform=sys.platform,
+        swap_free_bytes=swap,
+        model_disk_free_bytes=disk_free_bytes(paths.hub_cache_dir()),
+        output_disk_free_bytes=disk_free_bytes(Path.cwd()),
     )
+
+
+def _swap_free_bytes() -> int | None:
+    try:
+        return int(psutil.swap_memory().free)
+    except (OSError, RuntimeError, ValueError):  # a sandbox can hide /proc/vmstat or /proc/swaps
+        return None
+
+
+def disk_free_bytes(folder: Path) -> int | None:
+    """Return what is free on the disk where `folder` is, or would be made; None where it cannot be asked."""
+    for place in (folder, *folder.parents):
+        try:
+            return shutil.disk_usage(place).free
+        except OSError:
+            continue
+    return None
 
 
 def _groups() -> list[Path]:

@@ -17,9 +17,9 @@ def choose(plan: Plan) -> None:
 
     Raises: HardwareError, when the plan is for a card that is not here, or CUDA has already started on others.
     """
-    if plan.device is None:
+    planned = plan.card
+    if plan.device is None or planned is None:
         return
-    planned = next(g for g in plan.hardware.gpus if g.index == plan.device.index)
     if planned.hypothetical:
         raise HardwareError(
             f"the plan is for a hypothetical card ({planned.name})",
@@ -53,11 +53,11 @@ def _check(plan: Plan) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        gpus, because = nvml.visible_gpus()
+        reading = nvml.read()
+        shown = f"the driver shows {len(reading.gpus)}, and this torch ({torch.__version__}) starts CUDA on none"
         raise HardwareError(
             "torch cannot use the card that the plan is for",
-            because
-            or f"the driver shows {len(gpus)} card(s), and this torch ({torch.__version__}) starts CUDA on none",
+            reading.nothing_because or shown,
             "install a torch built for CUDA (pip install torch), or run with --device cpu",
         )
     assert plan.device is not None and plan.device.uuid is not None
