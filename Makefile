@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint slow schemas model wheel clean help
+.PHONY: demo test lint slow bench schemas model wheel clean help
 
 help: ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -29,6 +29,9 @@ lint: $(STAMP) ## ruff, mypy --strict, and whether generated files are fresh
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m tools.make_schemas --check
+
+bench: $(STAMP) ## print how long planning takes
+	$(BIN)/python -m bench.startup
 
 schemas: $(STAMP) ## regenerate schema/profile.schema.json from the optimizers' specs
 	$(BIN)/python -m tools.make_schemas

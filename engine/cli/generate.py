@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import engine
 from engine.cli import options
 from engine.errors import HardwareError, UsageError
 from engine.plan import Plan
 from engine.run.generate import MAX_SEED
+from engine.units import format_size
 from engine.words import listing
+
+if TYPE_CHECKING:
+    from engine.run.progress import Progress
+
+_TRIES = 3
 
 EXAMPLES = """\
 examples:
@@ -50,44 +58,57 @@ def run(arguments: list[str]) -> int:
         raise UsageError(what, do='say what to draw: --prompt "a red circle on a blue background"')
     if given.seed is not None and not 0 <= given.seed <= MAX_SEED:
         raise UsageError(f"the seed is {given.seed}", f"it must lie between 0 and {MAX_SEED}")
-    plan = engine.resolve(
-        **options.request(given), **(options.constraints(given) if given.auto else options.exact(given))
-    )
-    return _draw(plan, given.prompt, given.seed, given.output, debug=given.debug)
+    guide = options.constraints(given) if given.auto else options.exact(given)
+    wanted = options.request(given)
+    return _draw(lambda: engine.resolve(**wanted, **guide), given.prompt, given.seed, given.output, debug=given.debug)
 
 
-def _draw(plan: Plan, prompt: str, seed: int | None, place: Path | None, *, debug: bool) -> int:
+def _draw(planned: Callable[[], Plan], prompt: str, seed: int | None, place: Path | None, *, debug: bool) -> int:
     from engine.run import device, generate, load, output
     from engine.run.progress import OnStderr
 
     told = OnStderr()
-    told.say(f"plan\n{plan.explain()}")
+    plan = planned()
     load.refuse_unfit(plan)
     _refuse_imagined_vram(plan)
+    seed = generate.new_seed() if seed is None else seed
+    paths = output.paths(place, plan.request.batch, seed)
+    output.check(paths, plan.request.pixels)
     if unknown := _unknown_words(plan, prompt):
         told.say(
             "note: the embedded model draws coloured circles, squares and triangles; it does not\n"
             f"      know {listing(unknown)}. For anything else name a model: --model OWNER/MODEL or --model DIR"
         )
-    seed = generate.new_seed() if seed is None else seed
-    paths = output.paths(place, plan.request.batch, seed)
-    output.check(paths, plan.request.pixels)
-    pictures = generate.run(plan, [prompt], seed=seed, told=told, debug=debug)
-    for picture, path in zip(pictures, paths, strict=True):
+    plan, pipe = _loaded(planned, plan, told, debug=debug)
+    for picture, path in zip(generate.pictures(plan, pipe, [prompt], seed, told), paths, strict=True):
         output.save(picture, path, plan)
         told.say(f"seed {picture.info['seed']}, plan {plan.digest[:14]}")
         print(path)
     if (peak := device.peak_allocated_bytes(plan.torch_device)) is not None:
-        from engine.units import format_size
-
         told.say(f"measured peak {format_size(peak)} allocated (this version predicts none)")
     return 0
+
+
+def _loaded(planned: Callable[[], Plan], plan: Plan, told: Progress, *, debug: bool) -> tuple[Plan, Any]:
+    """Return the plan and its pipeline: what is free is read again, and taken, while other starts on the card wait."""
+    from engine.run import load, lock
+
+    for _ in range(_TRIES):
+        with lock.held(plan.card, told.say):
+            again = planned()
+            if again.device == plan.device:
+                told.say(f"plan\n{again.explain()}")
+                return again, load.load(again, told, debug=debug)
+        plan = again
+    raise HardwareError(
+        "the cards change faster than a plan can be made", "each probe preferred another one", "name one: --gpu INDEX"
+    )
 
 
 def _refuse_imagined_vram(plan: Plan) -> None:
     imagined = [g for g in plan.hardware.gpus if g.hypothetical]
     if imagined:
-        raise HardwareError(
+        raise UsageError(
             f"the plan is for a card that is not here ({imagined[0].name})",
             "--vram beyond what is free, and names of other cards, are for `dg-run plan`",
             "leave --gpu and --vram out, or ask `dg-run plan` the same",

@@ -23,9 +23,7 @@ def new_seed() -> int:
     return secrets.randbelow(MAX_SEED + 1)
 
 
-def run(
-    plan: Plan, prompts: Sequence[str], *, seed: int | None = None, told: Progress | None = None, debug: bool = False
-) -> Iterator[Image]:
+def run(plan: Plan, prompts: Sequence[str], *, seed: int | None = None) -> Iterator[Image]:
     """Yield every picture of every prompt, in order; picture k (from 0) of all has seed `seed` + k.
 
     Each picture's `.info` holds what it was made with: `prompt`, `seed`, `model` and `plan_digest`.
@@ -35,11 +33,15 @@ def run(
     if not prompts or not all(p.strip() for p in prompts):
         raise UsageError("the prompt is empty", do='say what to draw: --prompt "a red circle on a blue background"')
     load.refuse_unfit(plan)
-    return _pictures(plan, prompts, new_seed() if seed is None else seed, told or Quiet(), debug)
+    return _loaded_pictures(plan, prompts, new_seed() if seed is None else seed)
 
 
-def _pictures(plan: Plan, prompts: Sequence[str], seed: int, told: Progress, debug: bool) -> Iterator[Image]:
-    pipe = load.load(plan, told, debug=debug)
+def _loaded_pictures(plan: Plan, prompts: Sequence[str], seed: int) -> Iterator[Image]:
+    yield from pictures(plan, load.load(plan), prompts, seed, Quiet())
+
+
+def pictures(plan: Plan, pipe: Any, prompts: Sequence[str], seed: int, told: Progress) -> Iterator[Image]:
+    """Yield every picture of every prompt from a pipeline that the plan was applied to."""
     for begin, prompt in zip(
         range(seed, seed + len(prompts) * plan.request.batch, plan.request.batch), prompts, strict=True
     ):
