@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,13 @@ from engine.arguments import StepLike
 from engine.errors import UsageError
 from engine.facts.model import Component, Model
 from engine.plan import Plan
-from engine.values import Device, Estimate, FrozenDict, Gpu, Hardware, ProfileRef, Request
+from engine.values import Device, Estimate, FrozenDict, Gpu, Hardware, Note, ProfileRef, Request
+
+_GUIDANCE_NOTE = Note(
+    kind="no_effect",
+    optimizer=None,
+    because="guidance does nothing: this model has no guidance embeddings; true_cfg_scale in the call is what guides it",
+)
 
 
 def resolve(
@@ -87,6 +94,8 @@ def resolve(
         decision = solver.exact(situation, [arguments.step(s) for s in optimizers])
     else:
         decision = solver.choose(situation, profiles.built_in() if profile is None else (profiles.find(profile),))
+    if guidance is not None and known.ignores_guidance:
+        decision = dataclasses.replace(decision, notes=(*decision.notes, _GUIDANCE_NOTE))
     return _plan(request, seen, card, decision)
 
 

@@ -116,3 +116,11 @@ def test_a_pipeline_object_is_a_model(pipe: Any) -> None:
 def test_a_path_object_is_a_directory(tmp_path: Path) -> None:
     with pytest.raises(DgRunError, match="is not a model in diffusers layout"):
         engine.resolve(tmp_path, hardware=machine())
+
+
+def test_guidance_that_does_nothing_is_said_to() -> None:
+    plan = engine.resolve(guidance=3.0, hardware=machine())
+    assert "guidance does nothing" in plan.explain()
+    assert "guidance does nothing" not in engine.resolve(hardware=machine()).explain()
+    dev = engine.resolve("black-forest-labs/FLUX.1-dev", guidance=3.0, hardware=machine())
+    assert "guidance does nothing" not in dev.explain()

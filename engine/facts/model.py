@@ -84,6 +84,11 @@ class Model:
             patch = patch[-1]
         return scale * patch if isinstance(patch, int) and patch > 0 else None
 
+    @property
+    def ignores_guidance(self) -> bool:
+        """Whether `guidance_scale` does nothing: FLUX models without guidance embeddings take it and do not use it."""
+        return self.pipeline_class.startswith("Flux") and self._config("transformer").get("guidance_embeds") is False
+
     def tiling_starts(self, height: int | None, width: int | None) -> bool | None:
         """Whether the VAE would decode this size in tiles, once tiling is on; None where it is not known.
 
