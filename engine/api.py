@@ -16,7 +16,7 @@ from engine.values import Device, Estimate, FrozenDict, Gpu, Hardware, Note, Pro
 _GUIDANCE_NOTE = Note(
     kind="no_effect",
     optimizer=None,
-    because="guidance does nothing: this model has no guidance embeddings; true_cfg_scale in the call is what guides it",
+    because="guidance does nothing: this model has no guidance embeddings; true_cfg_scale in the call guides it",
 )
 
 
@@ -61,25 +61,18 @@ def resolve(
     if optimizers is not None and profile is not None:
         raise UsageError("a profile and an exact list of optimizers were given", do="give one of them")
     known = _model(model)
-    usual = known.defaults
-    request = Request(
-        model=known.id,
-        revision=known.revision,
-        pipeline_class=known.pipeline_class,
-        height=arguments.count("height", usual.height if height is None else height, arguments.MAX_SIDE_PX),
-        width=arguments.count("width", usual.width if width is None else width, arguments.MAX_SIDE_PX),
-        frames=arguments.count("frames", usual.frames if frames is None else frames, arguments.MAX_FRAMES),
+    request = _request(
+        known,
+        optimizers is not None,
+        {"height": height, "width": width, "frames": frames, "steps": steps, "guidance": guidance},
         batch=arguments.count("batch", batch, arguments.MAX_BATCH) or 1,
-        steps=arguments.count("steps", usual.steps if steps is None else steps, arguments.MAX_STEPS),
-        guidance=arguments.number("guidance", usual.guidance if guidance is None else guidance),
-        call=FrozenDict({**usual.call, **(call or {})}),
+        call=FrozenDict({**known.defaults.call, **(call or {})}),
         device=arguments.choice("device", device, arguments.DEVICES),
         gpu=None if gpu is None else str(gpu),
         vram_bytes=arguments.size("vram", vram),
         host_ram_bytes=arguments.size("host_ram", host_ram),
         headroom_bytes=arguments.size("headroom", headroom),
         profile=profile,
-        exact=optimizers is not None,
         require=tuple(map(arguments.step, require)),
         forbid=arguments.optimizer_names(forbid),
         quality=arguments.choice("quality", quality, arguments.QUALITIES) or "near",
@@ -97,6 +90,26 @@ def resolve(
     if guidance is not None and known.ignores_guidance:
         decision = dataclasses.replace(decision, notes=(*decision.notes, _GUIDANCE_NOTE))
     return _plan(request, seen, card, decision)
+
+
+def _request(known: Model, is_exact: bool, asked: Mapping[str, Any], **checked: Any) -> Request:
+    """Return the request: what was asked for, and the model's own defaults where nothing was."""
+
+    def wanted(name: str) -> Any:
+        return getattr(known.defaults, name) if asked[name] is None else asked[name]
+
+    return Request(
+        model=known.id,
+        revision=known.revision,
+        pipeline_class=known.pipeline_class,
+        exact=is_exact,
+        height=arguments.count("height", wanted("height"), arguments.MAX_SIDE_PX),
+        width=arguments.count("width", wanted("width"), arguments.MAX_SIDE_PX),
+        frames=arguments.count("frames", wanted("frames"), arguments.MAX_FRAMES),
+        steps=arguments.count("steps", wanted("steps"), arguments.MAX_STEPS),
+        guidance=arguments.number("guidance", wanted("guidance")),
+        **checked,
+    )
 
 
 def _plan(request: Request, seen: Hardware, card: Gpu | None, decision: solver.Decision) -> Plan:
