@@ -36,7 +36,12 @@ def find(name: str) -> Model | None:
         pipeline_class=entry["pipeline_class"],
         components=FrozenDict(
             {
-                n: Component(library=c["library"], cls=c["class"], config=FrozenDict(c.get("config") or {}))
+                n: Component(
+                    library=c["library"],
+                    cls=c["class"],
+                    config_class=c.get("config_class"),
+                    config=FrozenDict(c.get("config") or {}),
+                )
                 for n, c in entry["components"].items()
             }
         ),

@@ -17,6 +17,8 @@ class Component:
 
     library: str
     cls: str
+    config_class: str | None = None
+    """transformers' configuration class, where the configuration itself does not name it (`model_type`)."""
     config: Mapping[str, Any] = field(default_factory=FrozenDict)
 
 

@@ -1,0 +1,104 @@
+"""Build a pipeline on `meta` from a model's facts alone: its real classes, its real configurations, no weights."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from engine.dryrun.tokens import StubTokenizer
+from engine.errors import ModelError
+from engine.facts.model import Component, Model
+
+_CLIP_POSITIONS, _USUAL_POSITIONS = 77, 512
+
+
+def pipeline(model: Model, dtype: torch.dtype) -> Any:
+    """Return the model's pipeline with every weight on meta, in the dtypes that loading it so would give.
+
+    Raises: ModelError, when a class is not in the installed libraries or does not take its configuration.
+    """
+    import diffusers
+
+    cls = getattr(diffusers, model.pipeline_class, None)
+    if cls is None:
+        raise ModelError(
+            f"diffusers has no pipeline {model.pipeline_class}",
+            f"installed is {diffusers.__version__}",
+            "update diffusers",
+        )
+    taken = inspect.signature(cls.__init__).parameters
+    parts = {name: _component(model, name, part, dtype) for name, part in model.components.items() if name in taken}
+    for name, parameter in taken.items():
+        if name != "self" and name not in parts and parameter.default is inspect.Parameter.empty:
+            parts[name] = None
+    built = cls(**parts)
+    built.set_progress_bar_config(disable=True)
+    return built
+
+
+def _component(model: Model, name: str, part: Component, dtype: torch.dtype) -> Any:
+    import diffusers
+    import transformers
+
+    if "Tokenizer" in part.cls:
+        return StubTokenizer(_CLIP_POSITIONS if "CLIP" in part.cls else _USUAL_POSITIONS)
+    library = {"diffusers": diffusers, "transformers": transformers}.get(part.library)
+    cls = getattr(library, part.cls, None)
+    if library is None or cls is None:
+        raise ModelError(
+            f"{model.id}: its component {name} is a {part.library}.{part.cls}, which is not installed",
+            "a dry run builds components from their classes",
+            f"install or update {part.library}",
+        )
+    try:
+        with torch.device("meta"):
+            if part.library == "diffusers":
+                made = cls.from_config(dict(part.config))
+            else:
+                made = cls(_transformers_config(part))
+    except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+        raise ModelError(
+            f"{model.id}: its component {name} ({part.cls}) cannot be built from its configuration",
+            " ".join(str(error).split())[:300],
+            "check the model's config.json",
+        ) from error
+    return as_loaded(made, dtype) if isinstance(made, torch.nn.Module) else made
+
+
+def _transformers_config(part: Component) -> Any:
+    import transformers
+
+    config = {k: v for k, v in part.config.items() if k not in ("architectures", "transformers_version")}
+    if part.config_class is not None:
+        return getattr(transformers, part.config_class)(**config)
+    return transformers.AutoConfig.for_model(**config)
+
+
+def as_loaded(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    """Return a module in the precision that `from_pretrained(dtype=…)` gives it.
+
+    Parameters and persistent buffers follow the dtype, except what the class keeps in float32 (`_keep_in_fp32_modules`;
+    transformers heeds that only under float16). Buffers that are not saved stay as they were made.
+    """
+    kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+    if type(module).__module__.startswith("transformers") and dtype != torch.float16:
+        kept = ()
+    for name, owner in module.named_modules():
+        for key, value in (*owner._parameters.items(), *owner._buffers.items()):
+            is_saved = key in owner._parameters or key not in owner._non_persistent_buffers_set
+            path = f"{name}.{key}" if name else key
+            if value is None or not value.is_floating_point() or not is_saved:
+                continue
+            if any(k in path.split(".") for k in kept):
+                continue
+            cast = value.detach().to(dtype)
+            if key in owner._parameters:
+                owner._parameters[key] = torch.nn.Parameter(cast, requires_grad=False)
+            else:
+                owner._buffers[key] = cast
+    tie = getattr(module, "tie_weights", None)
+    if tie is not None:
+        tie()
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,143 @@
+"""Operators that a device computes in another way than `meta` does: answered by the device's own, above the dispatcher.
+
+On `meta` some functions are taken apart into steps that a device fuses into one, and each step would hold memory that
+the device never holds. A function mode sees the call before it is taken apart. Each row of `ROWS` says which function,
+for which target, under which condition (in the answer itself), and on what evidence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One function on one target: `answer` returns NotImplemented where its condition does not hold."""
+
+    function: Callable[..., Any]
+    target: str
+    answer: Callable[..., Any]
+    evidence: str
+
+
+def _on_cpu(tensor: Tensor | None) -> Tensor | None:
+    """Return an untouched CPU tensor of the same shape and strides: pages that are never written take no memory."""
+    if tensor is None:
+        return None
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+
+def _cpu_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Ask the CPU's own chooser which kernel it would take; 1 is the flash kernel."""
+    # The chooser's stub lacks arguments that it takes.
+    chooser: Any = torch._fused_sdp_choice
+    stand_ins = [_on_cpu(t) for t in (query, key, value, attn_mask)]
+    choice = chooser(*stand_ins, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if choice != 1:
+        return NotImplemented
+    mask = attn_mask
+    if mask is not None and mask.dtype == torch.bool:
+        # The composite turns a boolean mask into an additive one of the query's dtype first.
+        mask = torch.zeros_like(mask, dtype=query.dtype)
+    result = aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale
+    )
+    return result[0]
+
+
+def _cuda_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Flash for half precision without a mask, the memory-efficient kernel for the rest that fits it, else taken apart.
+
+    Both hold the output and one float32 log-sum-exp a query and head; neither holds the matrix of scores.
+    """
+    is_plain = query.dim() == 4 and query.shape[-1] == key.shape[-1] == value.shape[-1]
+    if not is_plain or enable_gqa or dropout_p:
+        return NotImplemented
+    is_half = query.dtype in (torch.float16, torch.bfloat16)
+    width = query.shape[-1]
+    if attn_mask is None and is_half and width <= 256:
+        # The flash kernel wants multiples of 8: others are padded before, and cut after.
+        query, key, value = (t if width % 8 == 0 else F.pad(t, (0, -width % 8)) for t in (query, key, value))
+        scale = width**-0.5 if scale is None else scale
+        padded = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scale)[0]
+        return padded if width % 8 == 0 else padded[..., :width]
+    # From compute capability 8.0 on the memory-efficient kernel wants rows of whole 16 bytes.
+    if not (is_half and width % 8 == 0) and not (query.dtype == torch.float32 and width % 4 == 0):
+        return NotImplemented
+    bias = attn_mask
+    if bias is not None:
+        if bias.dtype == torch.bool:
+            bias = torch.zeros_like(bias, dtype=query.dtype)
+        bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    return aten._scaled_dot_product_efficient_attention(query, key, value, bias, False, 0.0, is_causal, scale=scale)[0]
+
+
+def _cuda_rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Any:
+    """CUDA fuses it for contiguous inputs whose weight is of the same dtype."""
+    if weight is not None and weight.dtype != input.dtype:
+        return NotImplemented
+    return aten._fused_rms_norm(input, list(normalized_shape), weight, eps)[0]
+
+
+ROWS = (
+    Row(F.scaled_dot_product_attention, "cpu", _cpu_attention, "the CPU's own chooser, asked in each call"),
+    Row(
+        F.scaled_dot_product_attention,
+        "cuda",
+        _cuda_attention,
+        "torch 2.13, aten/native/transformers/cuda/sdp_utils.cpp: the order of kernels and their conditions",
+    ),
+    Row(
+        F.rms_norm,
+        "cuda",
+        _cuda_rms_norm,
+        "bf16 [1, 4608, 3072] takes 27 MiB on CUDA and 162 MiB taken apart",
+    ),
+)
+
+
+class Target(TorchFunctionMode):
+    """Compute on meta as `target` ("cpu" or "cuda") would."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__()
+        self._answers = {row.function: row.answer for row in ROWS if row.target == target}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        answer = self._answers.get(func)
+        first = next((a for a in (*args, *given.values()) if isinstance(a, Tensor)), None)
+        if answer is not None and first is not None and first.device.type == "meta":
+            result = answer(*args, **given)
+            if result is not NotImplemented:
+                return result
+        return func(*args, **given)

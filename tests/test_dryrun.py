@@ -1,0 +1,147 @@
+"""The dry run against the truth: the same storages, in the same order, as a real run on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from engine import facts, replay
+from engine.dryrun import build, record, twins
+from engine.dryrun.follow import Follower
+from engine.trace import Event, Trace
+from engine.units import GIB
+from tests import tiny
+
+# Token ids, masks and a scheduler's tables (1000 float32 values) are made on the host. In the real run the host is the
+# device, and they are seen; in the dry run it is not. Everything larger must be equal.
+SMALL_BYTES = 4096
+
+
+def real(pipe: Any, call: dict[str, Any]) -> Trace:
+    """Return the trace of a real run on the CPU under the same follower."""
+    modules = {n: c for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
+    follower = Follower("cpu", [t for m in modules.values() for t in (*m.parameters(), *m.buffers())])
+    with torch.no_grad(), record.marked(modules, follower), follower:
+        pipe(**call)
+    return record.trace(pipe, modules, follower)
+
+
+def dry(pipe: Any, call: dict[str, Any], target: str = "cpu") -> Trace:
+    """Return the trace of a dry run: the same pipeline, its weights gone to meta."""
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.to("meta")
+            getattr(component, "tie_weights", lambda: None)()  # moving to meta unties
+    call = {k: twins.give(v.to("meta"), v) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
+    return record.record(pipe, call, target)
+
+
+def story(events: tuple[Event, ...]) -> list[tuple[str, str, int]]:
+    """Return what happened, storages by size and the small ones left out."""
+    size = {e.number: e.size_bytes for e in events if e.kind == "+"}
+    told: list[tuple[str, str, int]] = []
+    for event in events:
+        if event.kind in "+-":
+            if size[event.number] > SMALL_BYTES:
+                told.append((event.kind, "", size[event.number]))
+        else:
+            told.append((event.kind, event.name, 0))
+    return told
+
+
+def first_difference(left: list[Any], right: list[Any]) -> str:
+    for i, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return f"at {i}: real {left[i - 3 : i + 4]}, dry {right[i - 3 : i + 4]}"
+    return f"lengths {len(left)} and {len(right)}"
+
+
+@pytest.mark.parametrize("name", tiny.ALL)
+def test_a_dry_run_holds_what_a_real_run_holds_event_by_event(name: str) -> None:
+    pipe, call = tiny.made(name)
+    truth = story(real(pipe, call).events)
+    told = story(dry(pipe, call).events)
+    assert len(truth) > 500
+    assert told == truth, first_difference(truth, told)
+
+
+def test_a_value_that_is_not_there_is_named() -> None:
+    with torch.no_grad(), Follower("meta"):
+        large = torch.zeros(1000, 1000, device="meta")
+        with pytest.raises(twins.ValueNeeded, match="_local_scalar_dense"):
+            large.sum().item()
+
+
+def test_small_values_follow_the_operations() -> None:
+    with torch.no_grad(), Follower("meta"):
+        steps = torch.linspace(1, 0, 5, device="meta")
+        doubled = steps * 2
+        doubled[0] = 7.0
+        doubled[1:3].add_(1)
+        assert doubled.tolist() == pytest.approx([7.0, 2.5, 2.0, 0.5, 0.0])
+        assert (doubled == 2.0).nonzero().item() == 2
+        assert torch.equal(steps, steps.clone())
+        assert steps.to("cpu").sum().item() == pytest.approx(2.5)
+        doubled.add_(torch.zeros(1000, 1000, device="meta")[0, :5])  # a value from nowhere
+        with pytest.raises(twins.ValueNeeded):
+            doubled[0].item()
+
+
+def test_a_picture_without_values_leaves_the_device_as_zeros_that_take_no_memory() -> None:
+    with torch.no_grad(), Follower("meta"):
+        picture = torch.zeros(3, 4096, 4096, device="meta").cpu()
+    assert picture.shape == (3, 4096, 4096)
+    assert picture.untyped_storage().nbytes() == 4
+    assert not picture.any()
+
+
+def test_a_storage_is_born_once_and_dies_once() -> None:
+    with torch.no_grad(), Follower("meta") as follower:
+        one = torch.empty(1000, device="meta")
+        two = one.view(10, 100).transpose(0, 1)[3]
+        three = one + 1
+        del one
+        two.fill_(0)
+        del two, three
+    births = [(e.kind, e.size_bytes) for e in follower.finish()]
+    assert births == [("+", 4000), ("+", 4000), ("-", 0), ("-", 0)]
+
+
+@pytest.fixture(scope="module")
+def flux_trace() -> Trace:
+    """FLUX.1-dev at 1024 x 1024 in bfloat16, as a card computes it: no weights, no card, some seconds."""
+    model = facts.find("black-forest-labs/FLUX.1-dev")
+    pipe = build.pipeline(model, torch.bfloat16)
+    call = {"prompt": "x", "height": 1024, "width": 1024, "num_inference_steps": 2, "output_type": "np"}
+    return record.record(pipe, call, "cuda")
+
+
+def test_full_size_weights_are_counted_to_the_byte(flux_trace: Trace) -> None:
+    """33,741,198,278 bytes is the size of the files on the hub, tied tensors once."""
+    weights = [w for c in flux_trace.components for w in c.weights()]
+    assert sum(w.size_bytes for w in weights if w.is_saved) == 33_741_198_278
+
+
+def test_a_full_size_run_peaks_where_it_was_measured_to_without_workspaces(flux_trace: Trace) -> None:
+    """Published: 33.851 GiB, of which about 0.92 are the VAE's convolution workspaces and layout copies."""
+    peaks = replay.peaks(flux_trace, replay.Resident(flux_trace))
+    best = max(peaks, key=lambda p: p.peak_bytes)
+    assert best.name == "decode"
+    assert best.peak_bytes / GIB == pytest.approx(32.93, abs=0.005)
+    assert [p.name for p in peaks] == ["start", "encode", "denoise", "decode"]
+
+
+def test_offloads_of_a_full_size_model_need_less_and_less(flux_trace: Trace) -> None:
+    placements = [
+        replay.Resident(flux_trace),
+        replay.ModelOffload(flux_trace),
+        replay.GroupOffload(flux_trace, block_level=True),
+        replay.SequentialOffload(flux_trace),
+    ]
+    sizes = [replay.peak_bytes(flux_trace, p) for p in placements]
+    assert sizes == sorted(sizes, reverse=True)
+    transformer = sum(w.size_bytes for w in flux_trace.component("transformer").weights())
+    assert sizes[1] > transformer  # one component at a time is no less than the largest
+    assert sizes[-1] < 3 * GIB
