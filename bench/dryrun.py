@@ -24,6 +24,7 @@ def one(name: str) -> str:
     import diffusers
     import torch
     import transformers
+    from PIL import Image
 
     from engine.dryrun import build, record
 
@@ -44,6 +45,9 @@ def one(name: str) -> str:
         "output_type": "np",
     }
     taken = inspect.signature(pipe.__call__).parameters
+    if "mask_image" in taken or model.pipeline_class.endswith("EditPipeline"):
+        picture = Image.new("RGB", (usual.width or 1024, usual.height or 1024))
+        asked |= {"image": picture, "mask_image": picture.convert("L")}
     start = time.perf_counter()
     trace = record.record(pipe, {k: v for k, v in asked.items() if v is not None and k in taken}, "cuda")
     ran_s = time.perf_counter() - start
@@ -75,7 +79,8 @@ def main() -> None:
     for name in options.models or catalogue.ids():
         command = [sys.executable, "-m", "bench.dryrun", "--here", name]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        stopped = (done.stderr.strip().splitlines() or ["?"])[-1][:150]
+        said = [line for line in done.stderr.splitlines() if "Error" in line or "why:" in line or "ValueNeeded" in line]
+        stopped = " ".join(said[-2:])[:200]
         print(f"{name:<55} {done.stdout.strip() if done.returncode == 0 else 'STOPPED ' + stopped}", flush=True)
 
 

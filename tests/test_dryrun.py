@@ -145,3 +145,14 @@ def test_offloads_of_a_full_size_model_need_less_and_less(flux_trace: Trace) -> 
     transformer = sum(w.size_bytes for w in flux_trace.component("transformer").weights())
     assert sizes[1] > transformer  # one component at a time is no less than the largest
     assert sizes[-1] < 3 * GIB
+
+
+def test_what_is_still_there_when_the_next_encoder_comes_counts() -> None:
+    """Published: 12.06 GiB. T5 keeps a part in float32 under float16, and stays while CLIP-G comes a second time."""
+    model = facts.find("stabilityai/stable-diffusion-3.5-medium")
+    pipe = build.pipeline(model, torch.float16)
+    call = {"prompt": "x", "height": 1024, "width": 1024, "num_inference_steps": 1, "output_type": "np"}
+    found = record.record(pipe, call, "cuda")
+    best = max(replay.peaks(found, replay.ModelOffload(found)), key=lambda p: p.peak_bytes)
+    assert best.name == "encode"
+    assert best.peak_bytes / GIB == pytest.approx(12.06, abs=0.01)

@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from engine.dryrun import twins
 
 aten = torch.ops.aten
 
@@ -123,6 +126,13 @@ ROWS = (
 )
 
 
+def _value(item: Any) -> Any:
+    """Return the number in a small meta tensor of one element; anything else as it is."""
+    is_number = isinstance(item, Tensor) and item.device.type == "meta" and item.numel() == 1
+    value = twins.twin(item) if is_number else None
+    return item if value is None else value.item()
+
+
 class Target(TorchFunctionMode):
     """Compute on meta as `target` ("cpu" or "cuda") would."""
 
@@ -134,6 +144,13 @@ class Target(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = dict(kwargs or {})
+        if func in (torch.tensor, torch.as_tensor) and args:
+            # It works beneath every mode: hand it values, and keep the value of what it makes.
+            args = (tree_map(_value, args[0]), *args[1:])
+            made = func(*args, **given)
+            if made.device.type == "meta" and twins.twin(made) is None and not isinstance(args[0], Tensor):
+                twins.give(made, func(*args, **given | {"device": "cpu"}))
+            return made
         answer = self._answers.get(func)
         first = next((a for a in (*args, *given.values()) if isinstance(a, Tensor)), None)
         if answer is not None and first is not None and first.device.type == "meta":

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 
 _WORDS = 12
+_TOKEN = re.compile(r"\w+|[^\w\s]")
+
+
+class StubImageProcessor:
+    """Stands in for an image processor: pictures of the size that CLIP takes."""
+
+    def __call__(self, images: Any = None, **_: Any) -> Any:
+        from transformers import BatchFeature
+
+        count = len(images) if isinstance(images, list | tuple) else 1
+        return BatchFeature({"pixel_values": torch.zeros(count, 3, 224, 224)})
 
 
 class StubTokenizer:
@@ -24,12 +36,13 @@ class StubTokenizer:
     def __call__(self, text: str | list[str], max_length: int | None = None, padding: Any = None, **_: Any) -> Any:
         from transformers import BatchEncoding
 
-        rows = 1 if isinstance(text, str) else len(text)
-        # Without padding a pipeline asks only how long the text is.
-        length = (max_length or self.model_max_length) if padding == "max_length" else _WORDS + 1
-        ids = torch.full((rows, length), 5, dtype=torch.long)
-        mask = torch.zeros((rows, length), dtype=torch.long)
-        last = min(_WORDS, length - 1)
+        texts = [text] if isinstance(text, str) else text
+        # A chat template is part of the text, and pipelines cut a known number of its tokens off again.
+        words = max(_WORDS, *(len(_TOKEN.findall(t)) for t in texts)) if texts else _WORDS
+        length = (max_length or self.model_max_length) if padding == "max_length" else words + 1
+        ids = torch.full((len(texts), length), 5, dtype=torch.long)
+        mask = torch.zeros((len(texts), length), dtype=torch.long)
+        last = min(words, length - 1)
         ids[:, last:] = self.eos_token_id
         mask[:, : last + 1] = 1
         return BatchEncoding({"input_ids": ids, "attention_mask": mask})
@@ -42,6 +55,14 @@ class StubTokenizer:
 
     def encode(self, text: str, **_: Any) -> list[int]:
         return [5] * (_WORDS + 1)
+
+    def apply_chat_template(self, messages: Any, tokenize: bool = True, **more: Any) -> Any:
+        """Return the text of a conversation, or its ids: as many rows as there are conversations."""
+        rows = len(messages) if messages and isinstance(messages[0], list) else 1
+        if not tokenize:
+            return "x" if rows == 1 else ["x"] * rows
+        made = self(["x"] * rows, max_length=more.get("max_length"), padding=more.get("padding"))
+        return made if more.get("return_dict", True) else made["input_ids"]
 
     def batch_decode(self, rows: Any, **_: Any) -> list[str]:
         return ["" for _ in rows]

@@ -58,6 +58,11 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             raise ValueNeeded(f"{func} reads a tensor that has no value in a dry run")
         result = _real(func, values, shape)
         return _on_meta(result) if func in _SHAPED_BY_VALUES else result
+    if func is aten.index.Tensor:
+        args = (args[0], [position for index in args[1] for position in _positions(index)])
+        flat, shape = tree_flatten((args, kwargs))
+        values = [twin(a) if isinstance(a, Tensor) else a for a in flat]
+        has_values = all(v is not None or a is None for v, a in zip(values, flat, strict=True))
     if _leaves_meta(func, flat, kwargs):
         return _copied_out(func, flat, values, shape, has_values)
     result = func(*args, **kwargs)
@@ -66,6 +71,19 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return result
     _pair(func, result, values, shape, flat)
     return result
+
+
+def _positions(index: Tensor | None) -> list[Tensor | None]:
+    """Return a mask as the positions that it picks, one list a dimension, so that the result's shape is known.
+
+    Raises: ValueNeeded, when the mask has no value.
+    """
+    if index is None or index.dtype != torch.bool or index.device.type != "meta":
+        return [index]
+    value = twin(index)
+    if value is None:
+        raise ValueNeeded("aten.index picks by a mask that has no value in a dry run")
+    return [give(torch.empty_like(p, device="meta"), p) for p in value.nonzero(as_tuple=True)]
 
 
 def _real(func: Any, values: list[Any], shape: Any) -> Any:

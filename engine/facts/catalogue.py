@@ -39,6 +39,7 @@ def find(name: str) -> Model | None:
                 n: Component(
                     library=c["library"],
                     cls=c["class"],
+                    module=c.get("module"),
                     config_class=c.get("config_class"),
                     config=FrozenDict(c.get("config") or {}),
                 )

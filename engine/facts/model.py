@@ -17,6 +17,8 @@ class Component:
 
     library: str
     cls: str
+    module: str | None = None
+    """Where the class is, when it is not at its library's top level."""
     config_class: str | None = None
     """transformers' configuration class, where the configuration itself does not name it (`model_type`)."""
     config: Mapping[str, Any] = field(default_factory=FrozenDict)
