@@ -35,7 +35,7 @@ def one(name: str) -> str:
     pipe = build.pipeline(model, torch.bfloat16)
     built_s = time.perf_counter() - start
     usual = model.defaults
-    asked = {
+    asked: dict[str, object] = {
         "prompt": "x",
         "height": usual.height,
         "width": usual.width,

@@ -13,7 +13,7 @@ from engine.values import FrozenDict
 
 INDEX = "model_index.json"
 MAX_JSON_BYTES = 8 * 1024**2
-_CONFIGS = ("config.json", "scheduler_config.json", "preprocessor_config.json")
+CONFIGS = ("config.json", "scheduler_config.json", "preprocessor_config.json")
 
 
 def read(
@@ -67,7 +67,7 @@ def _component(folder: Path, model: str, name: str, entry: list[Any]) -> Compone
     # A component's folder carries its name; a name that leaves the model's folder is an attack.
     if not name.isidentifier():
         raise ModelError(f"{model}: model_index.json has a component called {name[:40]!r}", "that is not a name")
-    file = next((f for f in (folder / name / c for c in _CONFIGS) if f.is_file()), None)
+    file = next((f for f in (folder / name / c for c in CONFIGS) if f.is_file()), None)
     config = read_json(file, model) if file else {}
     return Component(library=entry[0], cls=entry[1], config=FrozenDict(config))
 

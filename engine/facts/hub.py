@@ -10,6 +10,8 @@ from engine.errors import ModelError
 from engine.facts import directory
 from engine.facts.model import Model
 
+# Not every *.json: a tokenizer's can have megabytes, and says nothing about memory.
+_CONFIGURATIONS = (directory.INDEX, *(f"*/{name}" for name in directory.CONFIGS))
 _COMMIT = re.compile(r"[0-9a-f]{40}\Z")
 
 
@@ -41,7 +43,7 @@ def fetch(name: str, suggestion: str) -> Model:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        folder = snapshot_download(name, allow_patterns=["*.json"], ignore_patterns=["*.safetensors.index.json"])
+        folder = snapshot_download(name, allow_patterns=list(_CONFIGURATIONS))
     except GatedRepoError:
         raise ModelError(
             f"the model {name!r} is gated, and your access was not accepted",
