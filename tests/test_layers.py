@@ -67,6 +67,7 @@ LAYERS = [
     "engine.dryrun.record",
     "engine.run",
     "engine.run.progress",
+    "engine.run.interrupt",
     "engine.run.device",
     "engine.run.lock",
     "engine.run.load",

@@ -219,3 +219,20 @@ def test_an_optimizer_that_cannot_act_says_so_by_name(pipe: Any, monkeypatch: py
     monkeypatch.setattr(pipe.vae, "enable_tiling", refuse)
     with pytest.raises(IncompatibleError, match="vae_tiling cannot act on FluxPipeline"):
         load.apply(plan_for("vae_tiling"), pipe)
+
+
+def test_ctrl_c_while_torch_starts_comes_through_afterwards() -> None:
+    import signal
+
+    from engine.run import interrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    reached = []
+    with pytest.raises(KeyboardInterrupt):
+        with interrupt.held_back():
+            signal.raise_signal(signal.SIGINT)
+            reached.append("the end")
+    assert reached == ["the end"]
+    assert signal.getsignal(signal.SIGINT) is before
+    with interrupt.held_back():
+        pass

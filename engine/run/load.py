@@ -10,7 +10,7 @@ from engine.facts import integrity
 from engine.optimizers.group_offload import HOOK as GROUP_HOOK
 from engine.optimizers.spec import Context, NotApplied, modules
 from engine.plan import Plan
-from engine.run import device, lock, progress
+from engine.run import device, interrupt, lock, progress
 from engine.run.progress import Progress, Quiet
 from engine.values import Step
 
@@ -23,8 +23,8 @@ def load(plan: Plan, told: Progress | None = None, *, debug: bool = False) -> An
     integrity.check(model)
     where = str(model.path) if model.source in ("embedded", "directory") else model.id
     with lock.held(plan.card, told.say):
-        device.choose(plan)
-        with told.stage("starting torch and diffusers"):
+        with told.stage("starting torch and diffusers"), interrupt.held_back():
+            device.choose(plan)
             progress.settle_libraries(told, debug=debug)
         with told.stage(f"loading {plan.request.model}"):
             pipe = _from_pretrained(plan, where)
