@@ -210,3 +210,15 @@ def test_attention_holds_the_matrix_of_scores_only_where_no_kernel_fits(
 
     scores = heads * length * length * dtype.itemsize
     assert (most_at_once("cuda", attend, query) < scores / 2) is is_fused
+
+
+def test_autocast_on_meta_is_entered_where_it_changes_nothing_and_refused_where_it_would() -> None:
+    before = torch.autocast
+    with record._autocast_knows_meta():
+        with torch.autocast("meta", torch.float32), torch.autocast(device_type="meta", enabled=False):
+            pass
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.is_autocast_enabled("cpu")
+        with pytest.raises(RuntimeError, match="does not follow an autocast"):
+            torch.autocast("meta", torch.bfloat16)
+    assert torch.autocast is before

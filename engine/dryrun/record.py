@@ -25,9 +25,31 @@ def record(pipe: Any, call: dict[str, Any], target: str) -> Trace:
     """
     modules = {n: c for n, c in pipe.components.items() if isinstance(c, nn.Module)}
     follower = Follower("meta", [t for m in modules.values() for t in (*m.parameters(), *m.buffers())])
-    with torch.no_grad(), marked(modules, follower), Target(target), follower:
+    with torch.no_grad(), _autocast_knows_meta(), marked(modules, follower), Target(target), follower:
         pipe(**call)
     return trace(pipe, modules, follower)
+
+
+@contextlib.contextmanager
+def _autocast_knows_meta() -> Iterator[None]:
+    """Let `torch.autocast("meta", …)` be entered: models use it to stay in float32, or to switch autocast off.
+
+    Raises, within: RuntimeError, for an autocast to less than float32, whose casts a dry run would miss.
+    """
+    real = torch.autocast
+
+    def autocast(device_type: str, dtype: torch.dtype | None = None, enabled: bool = True, **more: Any) -> Any:
+        if device_type != "meta":
+            return real(device_type, dtype, enabled, **more)
+        if enabled and dtype != torch.float32:
+            raise RuntimeError(f"a dry run does not follow an autocast to {dtype}")
+        return contextlib.nullcontext()
+
+    torch.autocast = autocast  # type: ignore[assignment, misc]
+    try:
+        yield
+    finally:
+        torch.autocast = real  # type: ignore[misc]
 
 
 def trace(pipe: Any, modules: dict[str, nn.Module], follower: Follower) -> Trace:
