@@ -141,7 +141,7 @@ def _named(name: str, present: Sequence[Gpu]) -> Gpu | None:
 
 def _most_free(present: Sequence[Gpu]) -> Gpu | None:
     """Return the card with the most free memory; the first of equals."""
-    return max(present, key=lambda g: (g.free_bytes or -1, -g.index), default=None)
+    return max(present, key=lambda g: (-1 if g.free_bytes is None else g.free_bytes, -g.index), default=None)
 
 
 def chosen(request: Request, seen: Hardware) -> Gpu | None:

@@ -14,7 +14,8 @@ from engine.dryrun.follow import Follower
 from engine.dryrun.operators import Target
 from engine.trace import Trace, TracedComponent, TracedModule, Weight
 
-_VAE_METHODS = {"encode": "encode", "decode": "decode"}
+# Named as the phases that they are.
+_VAE_METHODS = ("encode", "decode")
 _ENCODERS = ("text_encoder", "image_encoder", "prior")
 
 
@@ -138,7 +139,7 @@ def _end(follower: Follower, path: str, *_: Any) -> None:
 def _method(real: Any, follower: Follower, phases: _Phases, name: str, method: str) -> Any:
     @functools.wraps(real)
     def call(*args: Any, **kwargs: Any) -> Any:
-        phases.enter(_VAE_METHODS[method])
+        phases.enter(method)
         follower.mark(">", name)
         try:
             return real(*args, **kwargs)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 MAX_ELEMENTS = 65_536
 _ATTRIBUTE = "_dg_twin"
+_STALE = "_dg_stale"
 aten = torch.ops.aten
 
 # These give Python values; on meta they have nothing to give.
@@ -36,7 +37,10 @@ class ValueNeeded(RuntimeError):
 
 def twin(tensor: Tensor) -> Tensor | None:
     """Return a tensor's real value: its twin on meta, itself elsewhere, None when it has none."""
-    return getattr(tensor, _ATTRIBUTE, None) if tensor.device.type == "meta" else tensor
+    if tensor.device.type != "meta":
+        return tensor
+    value: Tensor | None = getattr(tensor, _ATTRIBUTE, None)
+    return None if value is None or hasattr(value.untyped_storage(), _STALE) else value
 
 
 def give(tensor: Tensor, value: Tensor) -> Tensor:
@@ -67,7 +71,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _copied_out(func, flat, values, shape, has_values)
     result = func(*args, **kwargs)
     if not has_values or not _is_small(result):
-        _forget(func, args, result)
+        _forget(func, args)
         return result
     _pair(func, result, values, shape, flat)
     return result
@@ -127,14 +131,15 @@ def _is_small(result: Any) -> bool:
     return all(t.numel() <= MAX_ELEMENTS for t in tree_leaves(result) if isinstance(t, Tensor))
 
 
-def _forget(func: Any, args: tuple[Any, ...], result: Any) -> None:
-    """What was written to from something without a value has none any more."""
+def _forget(func: Any, args: tuple[Any, ...]) -> None:
+    """What was written to from something without a value has none any more, and nor has any view that shares it."""
     if not func._schema.is_mutable:
         return
     for argument, given in zip(func._schema.arguments, args, strict=False):
         is_written = argument.alias_info is not None and argument.alias_info.is_write
-        if is_written and isinstance(given, Tensor) and hasattr(given, _ATTRIBUTE):
-            delattr(given, _ATTRIBUTE)
+        value = getattr(given, _ATTRIBUTE, None) if is_written and isinstance(given, Tensor) else None
+        if value is not None:
+            setattr(value.untyped_storage(), _STALE, True)
 
 
 def _pair(func: Any, result: Any, values: list[Any], shape: Any, flat: list[Any]) -> None:

@@ -70,14 +70,6 @@ def _check(plan: Plan) -> None:
         )
 
 
-def empty_cache(device: str) -> None:
-    """Give cached device memory back to the driver."""
-    if device == "cuda":
-        import torch
-
-        torch.cuda.empty_cache()
-
-
 def peak_allocated_bytes(device: str) -> int | None:
     """Return the most bytes that were in live device tensors since `reset_peak`, or None without a card."""
     if device != "cuda":
