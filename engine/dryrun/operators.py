@@ -124,7 +124,7 @@ ROWS = (
         F.scaled_dot_product_attention,
         "cuda",
         _cuda_attention,
-        "read in torch's aten/native/transformers/cuda/sdp_utils.cpp (widths, alignment from 8.0 on); not run on a card",
+        "read in torch's transformers/cuda/sdp_utils.cpp (widths, alignment from 8.0 on); not run on a card here",
     ),
     Row(F.rms_norm, "cuda", _cuda_rms_norm, _RMS_NORM),
     Row(torch.rms_norm, "cuda", _cuda_rms_norm, _RMS_NORM),
