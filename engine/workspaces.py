@@ -1,0 +1,93 @@
+"""What operators take on a card beside their inputs and outputs, by mechanism, for a compute capability. No torch.
+
+The figures and their evidence are data: `gpus/libraries.json`. None is fitted to a published peak of a pipeline.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from engine.stream import Taken
+from engine.trace import Work
+
+_LIBRARIES = Path(__file__).parent / "gpus" / "libraries.json"
+_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_INDEX_MAX = 2**31 - 1
+_CHANNELS_TOGETHER = 8
+"""Converted tensors have whole groups of eight channels."""
+
+
+@cache
+def _libraries() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(_LIBRARIES.read_text(encoding="utf-8"))
+    return content
+
+
+def _by_capability(table: dict[str, Any], capability: tuple[int, int]) -> Any:
+    """Return the entry of a capability, or of the nearest lower one (of the lowest, for one below all)."""
+    known = sorted((tuple(map(int, k.split("."))), k) for k in table)
+    lower = [name for number, name in known if number <= capability]
+    return table[lower[-1] if lower else known[0][1]]
+
+
+def context_bytes(capability: tuple[int, int]) -> int:
+    """Return what a process takes on a card before any tensor: the CUDA context and its kernels."""
+    return int(_by_capability(_libraries()["context_bytes"], capability)["value"])
+
+
+def taken(work: Work, capability: tuple[int, int]) -> Taken:
+    """Return what one operator takes on a card of this capability."""
+    match work.kind:
+        case "matmul":
+            # One workspace a handle and stream, kept. cublasLt shares it from torch 2.11 on.
+            table = _libraries()["cublas_workspace_bytes"]
+            return Taken(for_good_bytes=int(_by_capability(table, capability)["value"]))
+        case "conv":
+            return Taken(bytes=convolution_bytes(work, capability), is_given_up=True)
+        case "attention":
+            return Taken(bytes=attention_bytes(work))
+    return Taken()
+
+
+def convolution_bytes(work: Work, capability: tuple[int, int]) -> int:
+    """Return the workspace of cuDNN's first choice for a convolution of planar tensors.
+
+    Without a fitting converted plan nothing is taken: depthwise convolutions, which torch computes itself, and tensors
+    of 2^31 elements and more, for which cuDNN has plans of another kind.
+    """
+    batch, channels_in, channels_out, groups, _ = work.dims[:5]
+    per_dimension = (len(work.dims) - 5) // 5
+    size_in = math.prod(work.dims[5 : 5 + per_dimension])
+    size_out = math.prod(work.dims[-per_dimension:])
+    item = _ITEM_BYTES.get(work.dtype)
+    if item is None or (groups > 1 and groups == channels_in):
+        return 0
+    if max(batch * channels_in * size_in, batch * channels_out * size_out) > _INDEX_MAX:
+        return 0
+    table = _libraries()["convolution"]["half" if item == 2 else "float32"]
+    converts = _by_capability(table, capability)["converts"]
+    kernel = math.prod(work.dims[5 + per_dimension : 5 + 2 * per_dimension])
+    sizes = {
+        "input": batch * size_in * _padded(channels_in) * item,
+        "output": batch * size_out * _padded(channels_out) * item,
+    }
+    filters = _padded(channels_in) * _padded(channels_out) // groups * kernel * item if converts else 0
+    return sum(sizes[name] for name in converts) + filters
+
+
+def _padded(channels: int) -> int:
+    return -(-channels // _CHANNELS_TOGETHER) * _CHANNELS_TOGETHER
+
+
+def attention_bytes(work: Work) -> int:
+    """Return what the memory-efficient kernel accumulates in: float32 outputs, for half precision and widths over 128.
+
+    Source: `needs_output_accumulator` of torch's memory-efficient attention (kernel_forward.h).
+    """
+    batch, heads, queries, _, width, kernel = work.dims
+    is_half = _ITEM_BYTES.get(work.dtype) == 2
+    return batch * heads * queries * width * 4 if kernel == 2 and is_half and width > 128 else 0
