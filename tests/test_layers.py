@@ -50,6 +50,8 @@ LAYERS = [
     "engine.compat",
     "engine.profiles",
     "engine.trace",
+    "engine.allocator",
+    "engine.pinned",
     "engine.replay",
     "engine.arguments",
     "engine.cards",
