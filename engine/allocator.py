@@ -31,6 +31,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import length_hint
@@ -111,12 +112,14 @@ class Allocator:
     """The caching allocator of one device. Keys are positive, and name a block from its malloc to its free.
 
     `capacity_bytes` is what it may reserve: the memory fraction (`allowed_memory_maximum`) or what the device has left.
-    The two agree but for expandable segments, where the source holds the segment size that the request would have had
+    Keys in `aside` are allocated on a second stream in a replay: that of copies, which has pools of its own.
+    The two capacities agree but for expandable segments, where the source holds the segment size that the request would have had
     against the fraction, and each page against the device: here both must fit.
     """
 
     __slots__ = (
         "_absent",
+        "_aside",
         "_allocated",
         "_capacity",
         "_ends",
@@ -134,7 +137,14 @@ class Allocator:
         "_unmapped_starts",
     )
 
-    def __init__(self, capacity_bytes: int | None = None, *, expandable_segments: bool = False) -> None:
+    def __init__(
+        self,
+        capacity_bytes: int | None = None,
+        *,
+        expandable_segments: bool = False,
+        aside: AbstractSet[int] = frozenset(),
+    ) -> None:
+        self._aside = aside
         self._capacity = None if capacity_bytes is None else capacity_bytes >> _BITS
         self._expandable = expandable_segments
         self._is_held = False
@@ -209,7 +219,11 @@ class Allocator:
         if pools is None:
             pools = self._pools[stream] = (_Pool(True), _Pool(False))
         small, large = pools
-        small_free, large_free = small.free, large.free
+        aside = self._aside
+        if aside and stream + 1 not in self._pools:
+            self._pools[stream + 1] = (_Pool(True), _Pool(False))
+        usual = (small, large)
+        other = self._pools[stream + 1] if aside else usual
         starts, ends, live, absent = self._starts, self._ends, self._live, self._absent
         pop_live, keep_live = live.pop, live.setdefault
         pop_start, pop_end = starts.pop, ends.pop
@@ -242,16 +256,18 @@ class Allocator:
                     insort(free, size << _SHIFT | begin)
                 elif n:
                     size = sizes[n] + 511 >> _BITS
+                    here = other if aside and n in aside else usual
                     if size <= _SMALL:
                         if not size:
                             absent.add(n)
                             continue
-                        free, least_rest = small_free, 1
+                        pool, least_rest = here[0], 1
                     else:
-                        free, least_rest = large_free, least_large_rest
+                        pool, least_rest = here[1], least_large_rest
+                    free = pool.free
                     i = bisect_left(free, size << _SHIFT)
                     if i == len(free):
-                        found = self._grow(small if size <= _SMALL else large, size)
+                        found = self._grow(pool, size)
                         if found < 0:
                             index = first + len(events) - length_hint(remaining) - 1
                             if self._is_held:
@@ -447,7 +463,7 @@ class Allocator:
 
     def _copy(self, capacity_bytes: int) -> Allocator:
         """Return a copy with another capacity, not held. Without expandable segments."""
-        copy = Allocator(capacity_bytes)
+        copy = Allocator(capacity_bytes, aside=self._aside)
         copy._allocated, copy._peak_allocated = self._allocated, self._peak_allocated
         copy._reserved, copy._peak_reserved = self._reserved, self._peak_reserved
         copy._top = self._top
@@ -508,6 +524,7 @@ def replay(
     is_optional: frozenset[int] | bytearray = frozenset(),
     marks: Sequence[int] = (),
     expandable_segments: bool = False,
+    aside: AbstractSet[int] = frozenset(),
 ) -> Reserved:
     """Return the peaks of a stream of events: n > 0 allocates `sizes[n]` bytes, -n frees them, 0 empties the cache.
 
@@ -515,7 +532,7 @@ def replay(
     failed has given back what was cached. Any other raises OutOfMemory. `marks` are the ascending indices at which
     stretches begin, each up to the next; what comes before the first counts only in the peaks of the whole.
     """
-    allocator = Allocator(capacity_bytes, expandable_segments=expandable_segments)
+    allocator = Allocator(capacity_bytes, expandable_segments=expandable_segments, aside=aside)
     choose = _chooser(is_optional)
     events = list(events)
     allocated, reserved, given_up = [], [], []
@@ -563,6 +580,7 @@ def required_bytes(
     low: int | None = None,
     tolerance_bytes: int = 8 << 20,
     expandable_segments: bool = False,
+    aside: AbstractSet[int] = frozenset(),
 ) -> int:
     """Return a capacity, in bytes, at which the replay was seen to succeed, or is known to.
 
@@ -575,7 +593,7 @@ def required_bytes(
     """
     events = list(events)
     choose = _chooser(is_optional)
-    high = replay(events, sizes, expandable_segments=expandable_segments).peak_reserved_bytes
+    high = replay(events, sizes, expandable_segments=expandable_segments, aside=aside).peak_reserved_bytes
     if expandable_segments:
         high += max((_segment(sizes[n] + 511 >> _BITS) for n in events if n > 0), default=0) << _BITS
     # Device memory comes in whole pages, so no other capacities are tried.
@@ -583,13 +601,13 @@ def required_bytes(
     failed = probe - PAGE_BYTES
     # Until memory first runs short a replay does not depend on its capacity. `held` stands where it does at the least
     # capacity still in question, for every trial to begin there. (A range that grew in part would be in its way.)
-    held, done = Allocator(expandable_segments=expandable_segments), 0
+    held, done = Allocator(expandable_segments=expandable_segments, aside=aside), 0
     held._is_held = True
     rest = events
     if probe < high and not expandable_segments:
         done, rest = held._advance(probe, rest, sizes, done)
     while probe < high:
-        allocator = Allocator(probe, expandable_segments=True) if expandable_segments else held._copy(probe)
+        allocator = Allocator(probe, expandable_segments=True, aside=aside) if expandable_segments else held._copy(probe)
         try:
             allocator._run(rest, sizes, choose, first=done)
         except OutOfMemory:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -54,28 +55,33 @@ def taken(work: Work, capability: tuple[int, int]) -> Taken:
 
 
 def convolution_bytes(work: Work, capability: tuple[int, int]) -> int:
-    """Return the workspace of cuDNN's first choice for a convolution of planar tensors.
+    """Return the workspace of cuDNN's first choice for a convolution of planar tensors."""
+    is_half = _ITEM_BYTES.get(work.dtype) == 2
+    table = _libraries()["convolution"]["half" if is_half else "float32"]
+    return converted_bytes(work, _by_capability(table, capability)["converts"])
 
-    Without a fitting converted plan nothing is taken: depthwise convolutions, which torch computes itself, and tensors
-    of 2^31 elements and more, for which cuDNN has plans of another kind.
+
+def converted_bytes(work: Work, converts: Sequence[str]) -> int:
+    """Return the bytes of a convolution's tensors ("input", "output") as channels-last, with the filters where any is.
+
+    Nothing is taken where there is no such plan: depthwise convolutions, which torch computes itself, and tensors of
+    2^31 elements and more, for which cuDNN has plans of another kind.
     """
     batch, channels_in, channels_out, groups, _ = work.dims[:5]
     per_dimension = (len(work.dims) - 5) // 5
     size_in = math.prod(work.dims[5 : 5 + per_dimension])
     size_out = math.prod(work.dims[-per_dimension:])
     item = _ITEM_BYTES.get(work.dtype)
-    if item is None or (groups > 1 and groups == channels_in):
+    if item is None or not converts or (groups > 1 and groups == channels_in):
         return 0
     if max(batch * channels_in * size_in, batch * channels_out * size_out) > _INDEX_MAX:
         return 0
-    table = _libraries()["convolution"]["half" if item == 2 else "float32"]
-    converts = _by_capability(table, capability)["converts"]
     kernel = math.prod(work.dims[5 + per_dimension : 5 + 2 * per_dimension])
     sizes = {
         "input": batch * size_in * _padded(channels_in) * item,
         "output": batch * size_out * _padded(channels_out) * item,
     }
-    filters = _padded(channels_in) * _padded(channels_out) // groups * kernel * item if converts else 0
+    filters = _padded(channels_in) * _padded(channels_out) // groups * kernel * item
     return sum(sizes[name] for name in converts) + filters
 
 
