@@ -69,7 +69,7 @@ def test_a_dry_run_holds_what_a_real_run_holds_event_by_event(name: str) -> None
 
 def test_a_value_that_is_not_there_is_named() -> None:
     with torch.no_grad(), Follower("meta"):
-        large = torch.zeros(1000, 1000, device="meta")
+        large = torch.rand(1000, 1000, device="meta")
         with pytest.raises(twins.ValueNeeded, match="_local_scalar_dense"):
             large.sum().item()
 
@@ -84,7 +84,7 @@ def test_small_values_follow_the_operations() -> None:
         assert (doubled == 2.0).nonzero().item() == 2
         assert torch.equal(steps, steps.clone())
         assert steps.to("cpu").sum().item() == pytest.approx(2.5)
-        doubled.add_(torch.zeros(1000, 1000, device="meta")[0, :5])  # a value from nowhere
+        doubled.add_(torch.rand(1000, 1000, device="meta")[0, :5])  # a value from nowhere
         with pytest.raises(twins.ValueNeeded):
             doubled[0].item()
 
@@ -93,7 +93,7 @@ def test_a_value_that_was_written_over_through_a_view_is_gone_from_everything_th
     with torch.no_grad(), Follower("meta"):
         base = torch.arange(6, device="meta")
         other = base[3:]
-        base[1:3].copy_(torch.zeros(1000, 1000, dtype=torch.long, device="meta")[0, :2])
+        base[1:3].copy_(torch.empty(1000, 1000, dtype=torch.long, device="meta")[0, :2])
         for shared in (base, other, base.view(2, 3)):
             with pytest.raises(twins.ValueNeeded):
                 shared.sum().item()
@@ -102,7 +102,7 @@ def test_a_value_that_was_written_over_through_a_view_is_gone_from_everything_th
 
 def test_a_picture_without_values_leaves_the_device_as_zeros_that_take_no_memory() -> None:
     with torch.no_grad(), Follower("meta"):
-        picture = torch.zeros(3, 4096, 4096, device="meta").cpu()
+        picture = torch.rand(3, 4096, 4096, device="meta").cpu()
     assert picture.shape == (3, 4096, 4096)
     assert picture.untyped_storage().nbytes() == 4
     assert not picture.any()

@@ -2,51 +2,76 @@
 
 A scheduler's time steps, token ids, masks, scalars: a pipeline reads them (`item`, `nonzero`, index look-ups,
 branches), and they are small. Each small tensor on `meta` carries a twin on the CPU that takes part in the same
-operations, as long as every input of an operation has one. Large tensors have no twins, and no values.
+operations, as long as every input of an operation has one. A large tensor has a twin only where it is one value all
+over (zeros that stand for a picture that was not given); otherwise it has no value.
+
+Where code routes by a value that is not there (experts, chosen by `topk`), one is assumed; `assumed` collects what was.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
+
+from engine.dryrun import shapes
 
 MAX_ELEMENTS = 65_536
-_ATTRIBUTE = "_dg_twin"
-_STALE = "_dg_stale"
-aten = torch.ops.aten
+MAX_WHOLE_ELEMENTS = 1_048_576
+"""Positions, masks and routes are worth more room than noise."""
 
-# These give Python values; on meta they have nothing to give.
-_READS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
-# These give tensors whose shape depends on values.
-_SHAPED_BY_VALUES = {
-    aten.nonzero.default,
-    aten.masked_select.default,
-    aten.unique_consecutive.default,
-    aten._unique2.default,
-    aten.repeat_interleave.Tensor,
-    aten.bincount.default,
-}
+_TWIN = "_dg_twin"
+# Marks on storages, so that every view of one has them: a value that is gone; one value in one place for all elements;
+# a host's copy of what has no value.
+_STALE, _UNIFORM, _HOLLOW = "_dg_stale", "_dg_uniform", "_dg_hollow"
+_META = torch.device("meta")
+aten = torch.ops.aten
 
 
 class ValueNeeded(RuntimeError):
     """Code asked for the value of a tensor that has none: it is too large, or computed from what is."""
 
 
+_assumptions: set[str] | None = None
+
+
+@contextlib.contextmanager
+def assumed() -> Iterator[set[str]]:
+    """Collect, while this is active, which values were assumed that a run would have computed, as sentences."""
+    global _assumptions
+    before, _assumptions = _assumptions, set()
+    try:
+        yield _assumptions
+    finally:
+        _assumptions = before
+
+
 def twin(tensor: Tensor) -> Tensor | None:
     """Return a tensor's real value: its twin on meta, itself elsewhere, None when it has none."""
-    if tensor.device.type != "meta":
-        return tensor
-    value: Tensor | None = getattr(tensor, _ATTRIBUTE, None)
+    if not tensor.is_meta:
+        return None if hasattr(tensor.untyped_storage(), _HOLLOW) else tensor
+    value: Tensor | None = getattr(tensor, _TWIN, None)
     return None if value is None or hasattr(value.untyped_storage(), _STALE) else value
 
 
 def give(tensor: Tensor, value: Tensor) -> Tensor:
     """Attach a real value to a meta tensor, and return the tensor."""
-    setattr(tensor, _ATTRIBUTE, value)
+    setattr(tensor, _TWIN, value)
     return tensor
+
+
+def hollow(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor on the host for what left the device without a value: zeros that take no memory.
+
+    numpy sees the zeros, which no value was promised to be; an operator that reads them in a dry run is refused.
+    """
+    one = torch.zeros((), dtype=dtype)
+    setattr(one.untyped_storage(), _HOLLOW, True)
+    return one.expand(tuple(shape))
 
 
 def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -54,100 +79,238 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     Raises: ValueNeeded, naming the operator, when it reads a value that is not there.
     """
-    flat, shape = tree_flatten((args, kwargs))
-    values = [twin(a) if isinstance(a, Tensor) else a for a in flat]
-    has_values = all(v is not None or a is None for v, a in zip(values, flat, strict=True))
-    if func in _READS or func in _SHAPED_BY_VALUES:
-        if not has_values:
-            raise ValueNeeded(f"{func} reads a tensor that has no value in a dry run")
-        result = _real(func, values, shape)
-        return _on_meta(result) if func in _SHAPED_BY_VALUES else result
-    if func is aten.index.Tensor:
-        args = (args[0], [position for index in args[1] for position in _positions(index)])
-        flat, shape = tree_flatten((args, kwargs))
-        values = [twin(a) if isinstance(a, Tensor) else a for a in flat]
-        has_values = all(v is not None or a is None for v, a in zip(values, flat, strict=True))
-    if _leaves_meta(func, flat, kwargs):
-        return _copied_out(func, flat, values, shape, has_values)
-    result = func(*args, **kwargs)
-    if not has_values or not _is_small(result):
-        _forget(func, args)
-        return result
-    _pair(func, result, values, shape, flat)
+    has_values = _have_values(args) and (not kwargs or _have_values(kwargs.values()))
+    answer = _ANSWERS.get(func)
+    if answer is not None:
+        answered = answer(func, args, kwargs, has_values)
+        if answered is not NotImplemented:
+            return answered
+    if not has_values and _is_any_hollow(args, kwargs):
+        return _hollowed(func, args, kwargs)
+    return _computed(func, args, kwargs, has_values)
+
+
+def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], has_values: bool) -> Any:
+    operator = shapes.of(func)
+    result = operator.result(args, kwargs)
+    if operator.written:
+        # One element in memory stands for all of a uniform value: it cannot be written to in part.
+        is_followed = has_values and _is_small(result) and not any(_is_uniform(args[k]) for k in operator.written[:1])
+        if is_followed:
+            _pair(func, result, args, kwargs)
+        else:
+            _forget(operator.written, args)
+    elif has_values:
+        if _is_small(result):
+            _pair(func, result, args, kwargs)
+        elif isinstance(result, Tensor) and result.is_meta:
+            _pair_uniform(operator, result, args, kwargs)
     return result
 
 
-def _positions(index: Tensor | None) -> list[Tensor | None]:
-    """Return a mask as the positions that it picks, one list a dimension, so that the result's shape is known.
-
-    Raises: ValueNeeded, when the mask has no value.
-    """
-    if index is None or index.dtype != torch.bool or index.device.type != "meta":
-        return [index]
-    value = twin(index)
-    if value is None:
-        raise ValueNeeded("aten.index picks by a mask that has no value in a dry run")
-    return [give(torch.empty_like(p, device="meta"), p) for p in value.nonzero(as_tuple=True)]
+def _have_values(items: Iterable[Any]) -> bool:
+    for item in items:
+        if isinstance(item, Tensor):
+            if twin(item) is None:
+                return False
+        elif isinstance(item, list | tuple) and not _have_values(item):
+            return False
+    return True
 
 
-def _real(func: Any, values: list[Any], shape: Any) -> Any:
+def _is_small(result: Any) -> bool:
+    if isinstance(result, Tensor):
+        is_whole = not (result.dtype.is_floating_point or result.dtype.is_complex)
+        return result.numel() <= (MAX_WHOLE_ELEMENTS if is_whole else MAX_ELEMENTS)
+    return all(_is_small(t) for t in tree_leaves(result) if isinstance(t, Tensor))
+
+
+def _real(func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operator on the real values, on the CPU."""
-    args, kwargs = tree_unflatten(values, shape)
-    if "device" in kwargs and kwargs["device"] is not None:
+    args, kwargs = tree_map(lambda a: twin(a) if isinstance(a, Tensor) else a, (args, kwargs))
+    if kwargs.get("device") is not None:
         kwargs["device"] = torch.device("cpu")
     return func(*args, **kwargs)
 
 
-def _on_meta(result: Any) -> Any:
-    """Return real tensors as meta tensors with twins."""
-    leaves, shape = tree_flatten(result)
-    moved = [give(torch.empty_like(v, device="meta"), v) if isinstance(v, Tensor) else v for v in leaves]
-    return tree_unflatten(moved, shape)
-
-
-def _leaves_meta(func: Any, flat: list[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether an operator copies a meta tensor to the host."""
-    if func is aten._to_copy.default:
-        device = kwargs.get("device")
-        return device is not None and device.type != "meta" and flat[0].device.type == "meta"
-    return func is aten.copy_.default and flat[0].device.type != "meta" and flat[1].device.type == "meta"
-
-
-def _copied_out(func: Any, flat: list[Any], values: list[Any], shape: Any, has_values: bool) -> Any:
-    """Return the host's copy: the value, or zeros that take no memory where there is none.
-
-    Pictures leave the device so. Code that looks at such a copy sees zeros, which no value was promised to be.
-    """
-    if has_values:
-        return _real(func, values, shape)
-    if func is aten.copy_.default:
-        return flat[0]
-    source: Tensor = flat[0]
-    _, kwargs = tree_unflatten(flat, shape)
-    return torch.zeros((), dtype=kwargs.get("dtype") or source.dtype).expand(source.shape)
-
-
-def _is_small(result: Any) -> bool:
-    return all(t.numel() <= MAX_ELEMENTS for t in tree_leaves(result) if isinstance(t, Tensor))
-
-
-def _forget(func: Any, args: tuple[Any, ...]) -> None:
-    """What was written to from something without a value has none any more, and nor has any view that shares it."""
-    if not func._schema.is_mutable:
+def _pair(func: Any, result: Any, args: Any, kwargs: Any) -> None:
+    """Give each meta tensor of a result its value."""
+    meta = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_meta]
+    if not meta:
         return
-    for argument, given in zip(func._schema.arguments, args, strict=False):
-        is_written = argument.alias_info is not None and argument.alias_info.is_write
-        value = getattr(given, _ATTRIBUTE, None) if is_written and isinstance(given, Tensor) else None
+    given = {id(a) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
+    real = [t for t in tree_leaves(_real(func, args, kwargs)) if isinstance(t, Tensor)]
+    for tensor, value in zip(meta, real, strict=True):
+        if id(tensor) not in given:  # in-place: its twin was written to already
+            give(tensor, value)
+
+
+def _forget(written: tuple[int, ...], args: tuple[Any, ...]) -> None:
+    """What was written to from something without a value has none any more, and nor has any view that shares it."""
+    for k in written:
+        value = getattr(args[k], _TWIN, None) if k < len(args) and isinstance(args[k], Tensor) else None
         if value is not None:
             setattr(value.untyped_storage(), _STALE, True)
 
 
-def _pair(func: Any, result: Any, values: list[Any], shape: Any, flat: list[Any]) -> None:
-    """Give each meta tensor of a result its value."""
-    meta = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.device.type == "meta"]
-    if not meta:
+# One value all over: as large as it likes, it is one element in memory.
+
+# What fills with one value: that value, or the position and name of the argument that says it.
+_FILLS: dict[Any, float | tuple[int, str]] = {
+    aten.zeros.default: 0,
+    aten.zeros_like.default: 0,
+    aten.new_zeros.default: 0,
+    aten.ones.default: 1,
+    aten.ones_like.default: 1,
+    aten.new_ones.default: 1,
+    aten.full.default: (1, "fill_value"),
+    aten.full_like.default: (1, "fill_value"),
+    aten.new_full.default: (2, "fill_value"),
+}
+
+
+def _is_uniform(item: Any) -> bool:
+    value = twin(item) if isinstance(item, Tensor) else None
+    return value is not None and hasattr(value.untyped_storage(), _UNIFORM)
+
+
+def _pair_uniform(operator: shapes.Operator, result: Tensor, args: Any, kwargs: Any) -> None:
+    """Give a large tensor its value where that is one value all over; do nothing where it is not."""
+    func = operator.func
+    fill = _FILLS.get(func)
+    if fill is not None:
+        if isinstance(fill, tuple):
+            position, name = fill
+            fill = args[position] if len(args) > position else kwargs[name]
+        one = torch.full((), fill, dtype=result.dtype)
+    elif operator.is_view or operator.is_pointwise or func is aten._to_copy.default:
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if not tensors or not all(_is_uniform(t) or t.numel() == 1 for t in tensors):
+            return
+        if operator.is_view:
+            give(result, _real(func, args, kwargs))
+            return
+        elements = tree_map(_element, (args, kwargs))
+        one = _real(func, *elements).to(result.dtype)
+    else:
         return
-    real = [t for t in tree_leaves(_real(func, values, shape)) if isinstance(t, Tensor)]
-    for tensor, value in zip(meta, real, strict=True):
-        if not any(tensor is a for a in flat):  # in-place: its twin was written to already
-            give(tensor, value)
+    setattr(one.untyped_storage(), _UNIFORM, True)
+    give(result, one.expand(result.shape))
+
+
+def _element(item: Any) -> Any:
+    """Return the one value of a uniform tensor, on the host; anything else as it is."""
+    value = twin(item) if isinstance(item, Tensor) else None
+    return item if value is None else value.as_strided((), ())
+
+
+# What leaves the device without a value.
+
+
+def _is_any_hollow(args: Any, kwargs: Any) -> bool:
+    host = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not t.is_meta)
+    return any(hasattr(t.untyped_storage(), _HOLLOW) for t in host)
+
+
+def _hollowed(func: Any, args: Any, kwargs: Any) -> Any:
+    """Compute on what has no value: nothing is made on the host, and what comes back onto the device has no value."""
+    stays = kwargs.get("device") is not None and kwargs["device"].type == "meta"
+    stays = stays or any(t.is_meta for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+    written = [args[k] for k in shapes.of(func).written if k < len(args)]
+    on_meta, named = tree_map(lambda t: _empty(t) if isinstance(t, Tensor) and not t.is_meta else t, (args, kwargs))
+    if named.get("device") is not None:
+        named["device"] = _META
+    result = _computed(func, on_meta, named, has_values=False)
+    for target in written:
+        if not target.is_meta:
+            setattr(target.untyped_storage(), _HOLLOW, True)
+            return target
+    return result if stays else tree_map(lambda t: hollow(t.shape, t.dtype) if isinstance(t, Tensor) else t, result)
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=_META)
+
+
+# Operators that need an answer of their own: NotImplemented is "as any other".
+
+
+def _read(func: Any, args: Any, kwargs: Any, has_values: bool) -> Any:
+    """Give Python values; on meta there are none to give."""
+    if not has_values:
+        raise ValueNeeded(f"{func} reads a tensor that has no value in a dry run")
+    return _real(func, args, kwargs)
+
+
+def _shaped_by_values(func: Any, args: Any, kwargs: Any, has_values: bool) -> Any:
+    """Give tensors whose shape depends on values."""
+    is_host = not any(t.is_meta for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+    result = _read(func, args, kwargs, has_values)
+    if is_host:
+        return result
+    return tree_map(lambda v: give(torch.empty_like(v, device=_META), v) if isinstance(v, Tensor) else v, result)
+
+
+def _picked(func: Any, args: Any, kwargs: Any, has_values: bool) -> Any:
+    """Pick by masks through the positions that they pick, one list a dimension, so that the shape is known."""
+    if all(i is None or i.dtype not in (torch.bool, torch.uint8) or not i.is_meta for i in args[1]):
+        return NotImplemented
+    picks = []
+    for index in args[1]:
+        if index is None or index.dtype not in (torch.bool, torch.uint8) or not index.is_meta:
+            picks.append(index)
+            continue
+        value = twin(index)
+        if value is None:
+            raise ValueNeeded("aten.index picks by a mask that has no value in a dry run")
+        picks += [give(torch.empty_like(p, device=_META), p) for p in value.nonzero(as_tuple=True)]
+    args = (args[0], picks)
+    return _computed(func, args, kwargs, _have_values(args))
+
+
+def _copied_out(func: Any, args: Any, kwargs: Any, has_values: bool) -> Any:
+    """Copy from the device to the host: the value, or a hollow copy where there is none. Pictures leave so."""
+    if func is aten._to_copy.default:
+        device = kwargs.get("device")
+        if device is None or device.type == "meta" or not args[0].is_meta:
+            return NotImplemented
+        return _real(func, args, kwargs) if has_values else hollow(args[0].shape, kwargs.get("dtype") or args[0].dtype)
+    if args[0].is_meta or not args[1].is_meta:
+        return NotImplemented
+    if has_values:
+        return _real(func, args, kwargs)
+    setattr(args[0].untyped_storage(), _HOLLOW, True)
+    return args[0]
+
+
+def _spread(func: Any, args: Any, kwargs: Any, has_values: bool) -> Any:
+    """Choose the largest of what has no value: every one as often as any other. So tokens are routed to experts."""
+    chosen_dim = args[2] if len(args) > 2 else kwargs.get("dim", -1)
+    scores = args[0]
+    if has_values or not scores.is_meta or chosen_dim not in (-1, scores.dim() - 1):
+        return NotImplemented
+    result = _computed(func, args, kwargs, has_values)
+    places = result[1]
+    if _is_small(places):
+        of = scores.shape[-1]
+        give(places, (torch.arange(places.numel()) % of).view(places.shape))
+        if _assumptions is not None:
+            _assumptions.add(f"{places.shape[-1]} of {of} chosen by topk: every one as often as any other")
+    return result
+
+
+_ANSWERS: dict[Any, Callable[[Any, Any, Any, bool], Any]] = {
+    aten._local_scalar_dense.default: _read,
+    aten.equal.default: _read,
+    aten.is_nonzero.default: _read,
+    aten.nonzero.default: _shaped_by_values,
+    aten.masked_select.default: _shaped_by_values,
+    aten.unique_consecutive.default: _shaped_by_values,
+    aten._unique2.default: _shaped_by_values,
+    aten.repeat_interleave.Tensor: _shaped_by_values,
+    aten.bincount.default: _shaped_by_values,
+    aten.index.Tensor: _picked,
+    aten._to_copy.default: _copied_out,
+    aten.copy_.default: _copied_out,
+    aten.topk.default: _spread,
+}
