@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from engine.dryrun import twins
 from engine.dryrun.tokens import StubImageProcessor, StubTokenizer
@@ -17,7 +18,7 @@ _CLIP_POSITIONS, _USUAL_POSITIONS = 77, 512
 # What classes raise on a configuration that is not theirs, or not a model's, is not one class.
 _UNBUILDABLE = (
     *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError),
-    *(ImportError, OSError, AssertionError, MemoryError),
+    *(ImportError, OSError, AssertionError, MemoryError, StrictDataclassError),
 )
 
 

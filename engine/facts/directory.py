@@ -28,6 +28,10 @@ CONFIGS = ("config.json", "scheduler_config.json", "preprocessor_config.json")
 WITHOUT_CONFIG = ("Tokenizer", "TokenizerFast", "Processor", "ProcessorFast", "FeatureExtractor", "ImageProcessorPil")
 
 
+class Incomplete(ModelError):
+    """A model's folder in which a component, or its configuration, is not there."""
+
+
 def read(
     folder: Path,
     name: str,
@@ -102,7 +106,7 @@ def _component(folder: Path, model: str, name: str, entry: list[Any]) -> Compone
     if file is None and not entry[1].endswith(WITHOUT_CONFIG):
         # Without it a class would be built from its defaults, and be some other model.
         lacks = "folder" if not place.is_dir() else "configuration"
-        raise ModelError(
+        raise Incomplete(
             f"the model {model} is incomplete",
             f"the {lacks} of its component {name!r} ({entry[1]}) is missing",
             "the download was cut off, or files were moved: download the model again",
