@@ -19,7 +19,7 @@ def load(plan: Plan, told: Progress | None = None, *, debug: bool = False) -> An
     """Return the plan's pipeline, ready to be called."""
     told = told or Quiet()
     refuse_unfit(plan)
-    model = facts.find(plan.request.model)
+    model = facts.find(plan.request.model, plan.request.revision)
     integrity.check(model)
     where = str(model.path) if model.source in ("embedded", "directory") else model.id
     with lock.held(plan.card, told.say):
