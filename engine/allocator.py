@@ -112,15 +112,15 @@ class Allocator:
     """The caching allocator of one device. Keys are positive, and name a block from its malloc to its free.
 
     `capacity_bytes` is what it may reserve: the memory fraction (`allowed_memory_maximum`) or what the device has left.
-    Keys in `aside` are allocated on a second stream in a replay: that of copies, which has pools of its own.
-    The two capacities agree but for expandable segments, where the source holds the segment size that the request would have had
-    against the fraction, and each page against the device: here both must fit.
+    The two agree but for expandable segments, where the source holds the segment size that the request would have had
+    against the fraction, and each page against the device: here both must fit. Keys in `aside` are allocated on a
+    second stream, that of copies, which has pools of its own.
     """
 
     __slots__ = (
         "_absent",
-        "_aside",
         "_allocated",
+        "_aside",
         "_capacity",
         "_ends",
         "_expandable",
@@ -607,7 +607,9 @@ def required_bytes(
     if probe < high and not expandable_segments:
         done, rest = held._advance(probe, rest, sizes, done)
     while probe < high:
-        allocator = Allocator(probe, expandable_segments=True, aside=aside) if expandable_segments else held._copy(probe)
+        allocator = (
+            Allocator(probe, expandable_segments=True, aside=aside) if expandable_segments else held._copy(probe)
+        )
         try:
             allocator._run(rest, sizes, choose, first=done)
         except OutOfMemory:

@@ -140,5 +140,3 @@ def _read_component(content: list[Any]) -> TracedComponent:
             for path, castable, weights in modules
         ),
     )
-
-

@@ -1,8 +1,8 @@
 """Follow storages: a dispatch mode under which real code runs, on meta tensors or real ones, and every byte is seen.
 
 Each operator's outputs are looked at below autograd, where composite operators have been taken apart. A storage that
-was not seen before is born there; it dies when nothing refers to it any more. What is recorded is the order of births and deaths, and what is computed, between the beginnings and ends of modules that
-somebody else marks.
+was not seen before is born there; it dies when nothing refers to it any more. What is recorded is the order of births
+and deaths, and what is computed, between the beginnings and ends of modules that somebody else marks.
 """
 
 from __future__ import annotations

@@ -34,14 +34,14 @@ def record(pipe: Any, call: dict[str, Any], target: str, ways: Sequence[str] = (
     """
     modules = {n: c for n, c in pipe.components.items() if isinstance(c, nn.Module)}
     follower = Follower("meta", [t for m in modules.values() for t in (*m.parameters(), *m.buffers())])
-    steps = _steps_marked(pipe, follower)
+    steps = steps_marked(pipe, follower)
     with torch.no_grad(), _autocast_knows_meta(), marked(modules, follower, ways), steps, Target(target), follower:
         pipe(**call)
     return trace(pipe, modules, follower)
 
 
 @contextlib.contextmanager
-def _steps_marked(pipe: Any, follower: Follower) -> Iterator[None]:
+def steps_marked(pipe: Any, follower: Follower) -> Iterator[None]:
     """Let every step of the scheduler mark the end of a denoising step."""
     scheduler = getattr(pipe, "scheduler", None)
     real = getattr(scheduler, "step", None)
@@ -157,7 +157,7 @@ def marked(modules: dict[str, nn.Module], follower: Follower, ways: Sequence[str
                 handles.append(module.register_forward_pre_hook(begin))
                 handles.append(module.register_forward_hook(functools.partial(_end, follower, full)))
         for method in _VAE_METHODS:
-            if not _is_encoder(name) and callable(getattr(component, method, None)):
+            if not is_encoder(name) and callable(getattr(component, method, None)):
                 setattr(component, method, _method(component, getattr(component, method), follower, phases, name, ways))
                 wrapped.append((component, method))
     try:
@@ -173,13 +173,13 @@ def _owns_weights(module: nn.Module) -> bool:
     return any(w is not None for w in (*module._parameters.values(), *module._buffers.values()))
 
 
-def _is_encoder(name: str) -> bool:
+def is_encoder(name: str) -> bool:
     return name.startswith(_ENCODERS)
 
 
 def _begin(follower: Follower, phases: _Phases | None, path: str, *_: Any) -> None:
     if phases is not None:
-        phases.enter("encode" if _is_encoder(path) else "denoise")
+        phases.enter("encode" if is_encoder(path) else "denoise")
     follower.builder.begin(path)
 
 
