@@ -1,4 +1,4 @@
-"""Processors that know no words and see no pictures: they give tensors of the right shapes, which is all that counts."""
+"""Processors that know no words and see no pictures: they give tensors of the right shapes, which is what counts."""
 
 from __future__ import annotations
 
@@ -101,7 +101,9 @@ class Vision:
     def of(cls, config: Mapping[str, Any]) -> Vision | None:
         """Return what a model's configuration says, None for a model that does not see like this."""
         seen = config.get("vision_config") or {}
-        if "image_token_id" not in config or not {"patch_size", "spatial_merge_size", "temporal_patch_size"} <= set(seen):
+        if "image_token_id" not in config or not {"patch_size", "spatial_merge_size", "temporal_patch_size"} <= set(
+            seen
+        ):
             return None
         return cls(
             image_token_id=config["image_token_id"],
