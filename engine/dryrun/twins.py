@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from engine.dryrun import shapes
 
-MAX_ELEMENTS = 65_536
+MAX_ELEMENTS = 8_192
 MAX_WHOLE_ELEMENTS = 1_048_576
 """Positions, masks and routes are worth more room than noise."""
 
