@@ -8,7 +8,6 @@ or the operation that stopped it. Each model runs in a process of its own, so th
 from __future__ import annotations
 
 import argparse
-import inspect
 import resource
 import subprocess
 import sys
@@ -19,14 +18,13 @@ from engine.facts import catalogue
 from engine.units import GIB
 
 
-def one(name: str) -> str:
+def one(name: str, batch: int) -> str:
     """Return the line for a model."""
     import diffusers
     import torch
     import transformers
-    from PIL import Image
 
-    from engine.dryrun import build, record
+    from engine.dryrun import build, inputs, record, twins
 
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
@@ -35,21 +33,19 @@ def one(name: str) -> str:
     pipe = build.pipeline(model, torch.bfloat16)
     built_s = time.perf_counter() - start
     usual = model.defaults
-    asked: dict[str, object] = {
-        "prompt": "x",
-        "height": usual.height,
-        "width": usual.width,
-        "num_frames": usual.frames,
-        "guidance_scale": usual.guidance,
-        "num_inference_steps": 2,
-        "output_type": "np",
-    }
-    taken = inspect.signature(pipe.__call__).parameters
-    if "mask_image" in taken or model.pipeline_class.endswith("EditPipeline"):
-        picture = Image.new("RGB", (usual.width or 1024, usual.height or 1024))
-        asked |= {"image": picture, "mask_image": picture.convert("L")}
+    asked = inputs.call(
+        model,
+        pipe,
+        height=usual.height,
+        width=usual.width,
+        frames=usual.frames,
+        steps=2,
+        guidance=usual.guidance,
+        batch=batch,
+    )
     start = time.perf_counter()
-    trace = record.record(pipe, {k: v for k, v in asked.items() if v is not None and k in taken}, "cuda")
+    with twins.assumed() as assumed:
+        trace = record.record(pipe, asked, "cuda")
     ran_s = time.perf_counter() - start
     resident = replay.peaks(trace, replay.Resident(trace))
     best = max(resident, key=lambda p: p.peak_bytes)
@@ -65,19 +61,21 @@ def one(name: str) -> str:
         f"{built_s:4.1f} s + {ran_s:4.1f} s, {len(trace.events):6} events, {memory:.2f} GiB of RAM;"
         f" weights {best.weights_bytes / GIB:6.2f}, activations {best.activation_bytes / GIB:6.2f} GiB in {best.name};"
         f" peaks in GiB: resident {best.peak_bytes / GIB:.2f}, {told}"
+        + "".join(f"; {note}" for note in (*build.notes(pipe), *sorted(assumed)))
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("models", nargs="*", help="names of the catalogue (default: all)")
+    parser.add_argument("--batch", type=int, default=1, help="pictures or videos a prompt")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.here:
-        print(one(options.models[0]))
+        print(one(options.models[0], options.batch))
         return
     for name in options.models or catalogue.ids():
-        command = [sys.executable, "-m", "bench.dryrun", "--here", name]
+        command = [sys.executable, "-m", "bench.dryrun", "--batch", str(options.batch), "--here", name]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         said = [line for line in done.stderr.splitlines() if "Error" in line or "why:" in line or "ValueNeeded" in line]
         stopped = " ".join(said[-2:])[:200]

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
-import sys
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from engine.dryrun import pictures, twins
+from engine.dryrun import pictures, stand_ins, twins
 from engine.dryrun.tokens import StubImageProcessor, StubTokenizer, StubVisionProcessor, Vision
 from engine.errors import ModelError
 from engine.facts.model import Component, Model
@@ -45,65 +42,26 @@ def pipeline(model: Model, dtype: torch.dtype) -> Any:
     for name, parameter in taken.items():
         if name != "self" and name not in parts and parameter.default is inspect.Parameter.empty:
             parts[name] = None
-    notes = _stand_ins(taken, parts)
+    guardrail = stand_ins.guardrail(taken, parts)
+    if guardrail is not None:
+        parts["safety_checker"] = guardrail
     # A pipeline may put components together, and makes new ones then (AnimateDiff does): they too have no weights.
-    with torch.device("meta"), _no_torchvision_needed(cls):
+    with torch.device("meta"), stand_ins.building(cls):
         built = cls(**parts)
     for name, part in built.components.items():
-        if isinstance(part, torch.nn.Module) and part is not parts.get(name):
-            part.eval().requires_grad_(False)
+        if isinstance(part, torch.nn.Module):
+            stand_ins.settle(part)
+            if part is not parts.get(name):
+                part.eval().requires_grad_(False)
     built.set_progress_bar_config(disable=True)
     pictures.stay_empty(built)
-    setattr(built, _NOTES, notes)
+    setattr(built, _NOTES, () if guardrail is None else (guardrail.note,))
     return built
 
 
 def notes(pipe: Any) -> tuple[str, ...]:
     """Return what a pipeline that was built here lacks of the real one, in sentences."""
     return tuple(getattr(pipe, _NOTES, ()))
-
-
-def _stand_ins(taken: Mapping[str, inspect.Parameter], parts: dict[str, Any]) -> tuple[str, ...]:
-    """Add what a pipeline would make for itself of a package that a dry run does without; return what was left out."""
-    checker = taken.get("safety_checker")
-    if checker is None or parts.get("safety_checker") is not None or "Cosmos" not in str(checker.annotation):
-        return ()
-    parts["safety_checker"] = _Guardrail()
-    return ("the guardrail models of the package cosmos_guardrail are not in this trace",)
-
-
-class _Guardrail:
-    """Stands in for Cosmos' guardrail, models of a package of its own: everything passes, and it takes no memory."""
-
-    def to(self, *_: Any, **__: Any) -> _Guardrail:
-        return self
-
-    def check_text_safety(self, text: str) -> bool:
-        return True
-
-    def check_video_safety(self, frames: Any) -> Any:
-        return frames
-
-
-@contextlib.contextmanager
-def _no_torchvision_needed(cls: type) -> Iterator[None]:
-    """Let OmniGen be built without torchvision, whose transforms its processor prepares before it has a picture."""
-    from types import SimpleNamespace
-
-    module = sys.modules.get(cls.__module__.replace("pipeline_omnigen", "processor_omnigen"))
-    if module is None or module.__name__ == cls.__module__ or hasattr(module, "transforms"):
-        yield
-        return
-
-    def nothing(*_: Any, **__: Any) -> None:
-        return None
-
-    stand_in = SimpleNamespace(Compose=nothing, Lambda=nothing, ToTensor=nothing, Normalize=nothing)
-    module.transforms = stand_in  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        del module.transforms
 
 
 def _component(model: Model, name: str, part: Component, dtype: torch.dtype) -> Any:

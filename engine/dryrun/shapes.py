@@ -33,7 +33,7 @@ class _Like(NamedTuple):
 
 _ITSELF, _UNKNOWN = object(), object()
 _kinds: dict[Any, Any] = {}
-"""Of each kind of call: a `_Like`, a tuple of them, `_ITSELF` (the first argument) or `_UNKNOWN` (compute it)."""
+"""Of each kind of call: a `_Like`, a tuple of them and plain values, `_ITSELF` (the first argument), `_UNKNOWN`."""
 
 
 @dataclass(slots=True)
@@ -66,7 +66,7 @@ class Operator:
             return args[0]
         if known is _UNKNOWN:
             return self.func(*args, **kwargs)
-        return tuple(None if one is None else one.made() for one in known)
+        return tuple(one.made() if type(one) is _Like else one for one in known)
 
     def _first(self, kind: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if len(_kinds) >= _MOST_KINDS:
@@ -78,7 +78,7 @@ class Operator:
             return result
         given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs.values()))}
         is_one = isinstance(result, Tensor)
-        likes = [None if t is None else _like(t, given) for t in ((result,) if is_one else result)]
+        likes = [_like(t, given) for t in ((result,) if is_one else result)]
         if _UNKNOWN in likes:
             _kinds[kind] = _UNKNOWN
         else:
@@ -129,6 +129,8 @@ def _described(item: Any) -> Any:
 
 def _like(tensor: Any, given: set[int]) -> Any:
     """Return how a result is made again, or `_UNKNOWN` when it is not fresh. `given` are storages that are taken."""
+    if tensor is None or type(tensor) is int:
+        return tensor
     if type(tensor) is not Tensor or not tensor.is_meta or tensor.storage_offset():
         return _UNKNOWN
     storage = tensor.untyped_storage()

@@ -1,4 +1,4 @@
-"""Processors that know no words and see no pictures: they give tensors of the right shapes, which is all that counts."""
+"""Processors that know no words and see no pictures: they give tensors of the right shapes, which is what counts."""
 
 from __future__ import annotations
 

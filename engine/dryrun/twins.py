@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from engine.dryrun import shapes
 
-MAX_ELEMENTS = 65_536
+MAX_ELEMENTS = 8_192
 MAX_WHOLE_ELEMENTS = 1_048_576
 """Positions, masks and routes are worth more room than noise."""
 
@@ -28,7 +28,10 @@ _TWIN = "_dg_twin"
 # Marks on storages, so that every view of one has them: a value that is gone; one value in one place for all elements;
 # a host's copy of what has no value.
 _STALE, _UNIFORM, _HOLLOW = "_dg_stale", "_dg_uniform", "_dg_hollow"
+_VALUELESS, _FROM_HOST = 1, 2
+"""A tensor without a value; a hollow one, which has none either."""
 _META = torch.device("meta")
+_CPU = torch.device("cpu")
 aten = torch.ops.aten
 
 
@@ -79,13 +82,14 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     Raises: ValueNeeded, naming the operator, when it reads a value that is not there.
     """
-    has_values = _have_values(args) and (not kwargs or _have_values(kwargs.values()))
+    seen = _seen(args) | _seen(kwargs.values()) if kwargs else _seen(args)
+    has_values = not seen & _VALUELESS
     answer = _ANSWERS.get(func)
     if answer is not None:
         answered = answer(func, args, kwargs, has_values)
         if answered is not NotImplemented:
             return answered
-    if not has_values and _is_any_hollow(args, kwargs):
+    if seen & _FROM_HOST:
         return _hollowed(func, args, kwargs)
     return _computed(func, args, kwargs, has_values)
 
@@ -108,14 +112,19 @@ def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], has_valu
     return result
 
 
-def _have_values(items: Iterable[Any]) -> bool:
+def _seen(items: Iterable[Any]) -> int:
+    """Return what is among an operator's arguments, as flags."""
+    flags = 0
     for item in items:
         if isinstance(item, Tensor):
-            if twin(item) is None:
-                return False
-        elif isinstance(item, list | tuple) and not _have_values(item):
-            return False
-    return True
+            if item.is_meta:
+                if not flags & _VALUELESS and twin(item) is None:
+                    flags |= _VALUELESS
+            elif hasattr(item.untyped_storage(), _HOLLOW):
+                flags |= _VALUELESS | _FROM_HOST
+        elif isinstance(item, list | tuple):
+            flags |= _seen(item)
+    return flags
 
 
 def _is_small(result: Any) -> bool:
@@ -127,21 +136,39 @@ def _is_small(result: Any) -> bool:
 
 def _real(func: Any, args: Any, kwargs: Any) -> Any:
     """Run an operator on the real values, on the CPU."""
-    args, kwargs = tree_map(lambda a: twin(a) if isinstance(a, Tensor) else a, (args, kwargs))
-    if kwargs.get("device") is not None:
-        kwargs["device"] = torch.device("cpu")
-    return func(*args, **kwargs)
+    if not kwargs:
+        return func(*_values(args))
+    named = {k: _value(v) for k, v in kwargs.items()}
+    if named.get("device") is not None:
+        named["device"] = _CPU
+    return func(*_values(args), **named)
+
+
+def _values(items: Iterable[Any]) -> list[Any]:
+    return [_value(item) for item in items]
+
+
+def _value(item: Any) -> Any:
+    if isinstance(item, Tensor):
+        return twin(item)
+    return _values(item) if isinstance(item, list | tuple) else item
 
 
 def _pair(func: Any, result: Any, args: Any, kwargs: Any) -> None:
     """Give each meta tensor of a result its value."""
+    if isinstance(result, Tensor):
+        if result.is_meta:
+            value = _real(func, args, kwargs)
+            if not (args and result is args[0]):  # in-place: its twin was written to already
+                give(result, value)
+        return
     meta = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.is_meta]
     if not meta:
         return
     given = {id(a) for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor)}
     real = [t for t in tree_leaves(_real(func, args, kwargs)) if isinstance(t, Tensor)]
     for tensor, value in zip(meta, real, strict=True):
-        if id(tensor) not in given:  # in-place: its twin was written to already
+        if id(tensor) not in given:
             give(tensor, value)
 
 
@@ -207,11 +234,6 @@ def _element(item: Any) -> Any:
 # What leaves the device without a value.
 
 
-def _is_any_hollow(args: Any, kwargs: Any) -> bool:
-    host = (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and not t.is_meta)
-    return any(hasattr(t.untyped_storage(), _HOLLOW) for t in host)
-
-
 def _hollowed(func: Any, args: Any, kwargs: Any) -> Any:
     """Compute on what has no value: nothing is made on the host, and what comes back onto the device has no value."""
     stays = kwargs.get("device") is not None and kwargs["device"].type == "meta"
@@ -265,7 +287,7 @@ def _picked(func: Any, args: Any, kwargs: Any, has_values: bool) -> Any:
             raise ValueNeeded("aten.index picks by a mask that has no value in a dry run")
         picks += [give(torch.empty_like(p, device=_META), p) for p in value.nonzero(as_tuple=True)]
     args = (args[0], picks)
-    return _computed(func, args, kwargs, _have_values(args))
+    return _computed(func, args, kwargs, not _seen(args) & _VALUELESS)
 
 
 def _copied_out(func: Any, args: Any, kwargs: Any, has_values: bool) -> Any:
