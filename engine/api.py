@@ -8,7 +8,7 @@ from typing import Any
 from engine import arguments, cards, facts, plan, profiles, solver, versions
 from engine.arguments import StepLike
 from engine.errors import UsageError
-from engine.estimator import Estimator
+from engine.estimate.estimator import Estimator
 from engine.facts.model import Component, Model
 from engine.plan import Plan
 from engine.values import Device, FrozenDict, Hardware, Note, ProfileRef, Request

@@ -37,7 +37,7 @@ def _estimate(plan: Plan) -> list[tuple[str, str]]:
         because = next((n.because for n in plan.notes if n.kind == "not_estimated"), None)
         return [("memory", NOT_ESTIMATED + (f": {because}" if because else ""))]
     interval = taken.interval
-    span = f" ({format_size(interval.low_bytes)} to {format_size(interval.high_bytes)})" if interval.low_bytes else ""
+    span = f" ({format_size(interval.low_bytes or 0)} to {format_size(interval.high_bytes or 0)})"
     phases = [
         f"{p.name:<10} {format_size(p.peak_bytes or 0):>10}   weights {format_size(p.weights_bytes or 0)},"
         f" activations {format_size(p.activation_bytes or 0)}, workspaces {format_size(p.workspace_bytes or 0)}"

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.allocator import Allocator, OutOfMemory, least_bytes, replay, required_bytes
-from engine.pinned import pinned_bytes
+from engine.estimate.allocator import Allocator, OutOfMemory, least_bytes, replay, required_bytes
+from engine.estimate.pinned import pinned_bytes
 
 KIB, MIB = 1 << 10, 1 << 20
 

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from engine import facts, replay, stream
+from engine import facts
 from engine.dryrun import build, record, twins
 from engine.dryrun.follow import Follower
-from engine.trace import Event, Trace
+from engine.estimate import placements, stream
+from engine.estimate.trace import Event, Trace
 from engine.units import GIB, MIB
 from tests import tiny
 
@@ -39,12 +40,19 @@ def dry(pipe: Any, call: dict[str, Any], target: str = "cpu") -> Trace:
 
 
 def story(trace: Trace) -> list[tuple[str, str, int]]:
-    """Return what happened, storages by size and the small ones left out, and what is computed as well."""
-    return [
-        (e.sign, e.name, e.size_bytes)
-        for e in trace.told()
-        if e.sign != "*" and not (e.sign in "+-" and e.size_bytes <= SMALL_BYTES)
-    ]
+    """Return what happened, storages by size and the small ones left out.
+
+    What dies between two other events dies there in no order that memory could show: those are sorted.
+    """
+    told: list[tuple[str, str, int]] = []
+    dead: list[tuple[str, str, int]] = []
+    for event in trace.told():
+        if event.sign == "-":
+            dead += [(event.sign, "", event.size_bytes)] * (event.size_bytes > SMALL_BYTES)
+        elif event.sign != "*" and not (event.sign == "+" and event.size_bytes <= SMALL_BYTES):
+            told += [*sorted(dead), (event.sign, event.name, event.size_bytes)]
+            dead.clear()
+    return told + sorted(dead)
 
 
 def first_difference(left: list[Any], right: list[Any]) -> str:
@@ -138,7 +146,7 @@ def test_full_size_weights_are_counted_to_the_byte(flux_trace: Trace) -> None:
 
 def test_a_full_size_run_peaks_where_it_was_measured_to_without_workspaces(flux_trace: Trace) -> None:
     """Published: 33.851 GiB, of which about 0.92 are the VAE's convolution workspaces and layout copies."""
-    peaks = stream.peaks(stream.build(flux_trace, replay.Resident(flux_trace)))
+    peaks = stream.peaks(stream.build(flux_trace, placements.Resident(flux_trace)))
     best = max(peaks, key=lambda p: p.peak_bytes)
     assert best.name == "decode"
     assert best.peak_bytes / GIB == pytest.approx(32.93, abs=0.005)
@@ -146,13 +154,13 @@ def test_a_full_size_run_peaks_where_it_was_measured_to_without_workspaces(flux_
 
 
 def test_offloads_of_a_full_size_model_need_less_and_less(flux_trace: Trace) -> None:
-    placements = [
-        replay.Resident(flux_trace),
-        replay.ModelOffload(flux_trace),
-        replay.GroupOffload(flux_trace, block_level=True),
-        replay.SequentialOffload(flux_trace),
+    each = [
+        placements.Resident(flux_trace),
+        placements.ModelOffload(flux_trace),
+        placements.GroupOffload(flux_trace, block_level=True),
+        placements.SequentialOffload(flux_trace),
     ]
-    sizes = [stream.peak_bytes(stream.peaks(stream.build(flux_trace, p))) for p in placements]
+    sizes = [stream.peak_bytes(stream.peaks(stream.build(flux_trace, p))) for p in each]
     assert sizes == sorted(sizes, reverse=True)
     transformer = sum(w.size_bytes for w in flux_trace.component("transformer").weights())
     assert sizes[1] > transformer  # one component at a time is no less than the largest
@@ -165,7 +173,7 @@ def test_what_is_still_there_when_the_next_encoder_comes_counts() -> None:
     pipe = build.pipeline(model, torch.float16)
     call = {"prompt": "x", "height": 1024, "width": 1024, "num_inference_steps": 1, "output_type": "np"}
     found = record.record(pipe, call, "cuda")
-    best = max(stream.peaks(stream.build(found, replay.ModelOffload(found))), key=lambda p: p.peak_bytes)
+    best = max(stream.peaks(stream.build(found, placements.ModelOffload(found))), key=lambda p: p.peak_bytes)
     assert best.name == "encode"
     assert best.peak_bytes / GIB == pytest.approx(12.06, abs=0.01)
 

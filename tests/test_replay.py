@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from engine import replay, stream
-from engine.trace import Builder, Trace, TracedComponent, TracedModule, Weight
+from engine.estimate import placements, stream
+from engine.estimate.trace import Builder, Trace, TracedComponent, TracedModule, Weight
 
 
 def module(path: str, *sizes: int, buffers: tuple[int, ...] = (), saved: bool = True) -> TracedModule:
@@ -60,22 +60,22 @@ LAST = ("=decode", "vae", "vae.a", "60", "/vae.a", "/vae", "-60", "-5")
 WHOLE = (*ONCE, "=denoise", *STEP, *STEP, *LAST)
 
 
-def by_phase(toy: Trace, placement: replay.Placement, granule_bytes: int = 1) -> dict[str, int]:
+def by_phase(toy: Trace, placement: placements.Placement, granule_bytes: int = 1) -> dict[str, int]:
     return {p.name: p.peak_bytes for p in stream.peaks(stream.build(toy, placement), granule_bytes)}
 
 
-def most(toy: Trace, placement: replay.Placement, granule_bytes: int = 1) -> int:
+def most(toy: Trace, placement: placements.Placement, granule_bytes: int = 1) -> int:
     return max(by_phase(toy, placement, granule_bytes).values())
 
 
-def kept(placement: replay.Placement) -> int:
+def kept(placement: placements.Placement) -> int:
     return placement.bytes_of(placement.resident())
 
 
 def test_resident() -> None:
     toy = trace([TEXT, NET, VAE], *WHOLE)
     weights = 100 + 3010 + 300
-    assert by_phase(toy, replay.Resident(toy)) == {
+    assert by_phase(toy, placements.Resident(toy)) == {
         "load": weights,
         "encode": weights + 5,
         "denoise": weights + 5 + 47,
@@ -85,7 +85,7 @@ def test_resident() -> None:
 
 def test_model_offload_frees_the_predecessor_before_the_next_comes() -> None:
     toy = trace([TEXT, NET, VAE], *WHOLE)
-    found = by_phase(toy, replay.ModelOffload(toy))
+    found = by_phase(toy, placements.ModelOffload(toy))
     assert found == {"load": 0, "encode": 105, "denoise": 3010 + 5 + 47, "decode": 3015}
 
 
@@ -93,7 +93,7 @@ def test_model_offload_keeps_what_is_not_the_direct_predecessor() -> None:
     """Image to image: the VAE encodes while the text encoder is there, and both the VAE and the net stay to the end."""
     first = ("vae", "vae.a", "/vae.a", "/vae")
     toy = trace([TEXT, NET, VAE], *ONCE, "=encode.2", *first, "=denoise", *STEP, *LAST)
-    found = by_phase(toy, replay.ModelOffload(toy))
+    found = by_phase(toy, placements.ModelOffload(toy))
     assert found["encode.2"] == 100 + 300 + 5
     assert found["denoise"] == 300 + 3010 + 5 + 47
 
@@ -101,13 +101,13 @@ def test_model_offload_keeps_what_is_not_the_direct_predecessor() -> None:
 def test_an_excluded_component_is_there_for_good() -> None:
     checker = component("checker", module("checker.a", 50))
     toy = trace([TEXT, NET, VAE, checker], *WHOLE, excluded=("checker",))
-    assert by_phase(toy, replay.ModelOffload(toy))["encode"] == 100 + 5 + 50
-    assert by_phase(toy, replay.SequentialOffload(toy))["encode"] == 100 + 5 + 50 + 10
+    assert by_phase(toy, placements.ModelOffload(toy))["encode"] == 100 + 5 + 50
+    assert by_phase(toy, placements.SequentialOffload(toy))["encode"] == 100 + 5 + 50 + 10
 
 
 def test_sequential_offload_fetches_layer_by_layer_and_keeps_buffers() -> None:
     toy = trace([TEXT, NET, VAE], *WHOLE)
-    assert by_phase(toy, replay.SequentialOffload(toy)) == {
+    assert by_phase(toy, placements.SequentialOffload(toy)) == {
         "load": 10,
         "encode": 10 + 100 + 5,
         "denoise": 10 + 2000 + 5 + 47,
@@ -118,24 +118,24 @@ def test_sequential_offload_fetches_layer_by_layer_and_keeps_buffers() -> None:
 def test_sequential_offload_fetches_buffers_of_a_component_that_owns_parameters() -> None:
     net = component("net", module("net", 4), module("net.b", 20, buffers=(7,)))
     toy = trace([net], "net", "net.b", "/net.b", "/net")
-    assert most(toy, replay.SequentialOffload(toy)) == 4 + 20 + 7
+    assert most(toy, placements.SequentialOffload(toy)) == 4 + 20 + 7
     net = component("net", module("net", 4), module("net.b", 20, buffers=(7,), saved=False))
     toy = trace([net], "net", "net.b", "/net.b", "/net")
-    assert kept(replay.SequentialOffload(toy)) == 7
+    assert kept(placements.SequentialOffload(toy)) == 7
 
 
 def test_a_leaf_group_is_a_modules_own_weights() -> None:
     toy = trace([TEXT, NET, VAE], *WHOLE)
-    found = by_phase(toy, replay.GroupOffload(toy, use_stream=False))
+    found = by_phase(toy, placements.GroupOffload(toy, use_stream=False))
     assert found["denoise"] == 2010 + 5 + 47
 
 
 def test_with_a_stream_the_next_group_comes_early_from_the_second_forward_on() -> None:
     first = trace([NET], *STEP)
-    assert most(first, replay.GroupOffload(first)) == 2010 + 47
+    assert most(first, placements.GroupOffload(first)) == 2010 + 47
     twice = trace([NET], *STEP, *STEP)
     # The first group is there with its successor while it computes: 1000 + 2010 + the activation of 40.
-    assert most(twice, replay.GroupOffload(twice)) == 1000 + 2010 + 40
+    assert most(twice, placements.GroupOffload(twice)) == 1000 + 2010 + 40
 
 
 BLOCKS = component(
@@ -162,24 +162,24 @@ def forward() -> tuple[str, ...]:
 )
 def test_blocks_come_in_groups(blocks_per_group: int, use_stream: bool, forwards: int, largest: int) -> None:
     toy = trace([BLOCKS], *(forward() * forwards))
-    placement = replay.GroupOffload(toy, block_level=True, use_stream=use_stream, blocks_per_group=blocks_per_group)
+    placement = placements.GroupOffload(toy, block_level=True, use_stream=use_stream, blocks_per_group=blocks_per_group)
     # What is in no list is there for the whole forward, its modules' buffers twice.
     assert most(toy, placement) == 30 + 2 * 6 + largest
 
 
 def test_at_block_level_the_vae_is_resident() -> None:
     toy = trace([NET, VAE], *STEP)
-    assert kept(replay.GroupOffload(toy, block_level=True)) == 300
+    assert kept(placements.GroupOffload(toy, block_level=True)) == 300
 
 
 def test_tied_weights_count_once_where_they_are_one_storage_and_twice_where_each_owner_fetches_its_own() -> None:
     tied = Weight(name="w", storage=1, size_bytes=100, is_buffer=False)
     text = component("text", TracedModule(path="text.a", weights=(tied,)), TracedModule(path="text.b", weights=(tied,)))
     toy = trace([text], "text", "text.a", "text.b", "/text.b", "/text.a", "/text")
-    assert most(toy, replay.Resident(toy)) == 100
-    assert most(toy, replay.SequentialOffload(toy)) == 200
+    assert most(toy, placements.Resident(toy)) == 100
+    assert most(toy, placements.SequentialOffload(toy)) == 200
 
 
 def test_sizes_are_rounded_as_the_allocator_rounds_them() -> None:
     toy = trace([TEXT], "text", "text.a", "513", "/text.a", "/text")
-    assert most(toy, replay.Resident(toy), 512) == 512 + 1024
+    assert most(toy, placements.Resident(toy), 512) == 512 + 1024

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.dryrun import twins, works
 from engine.dryrun.tensors import tensors_in
-from engine.trace import Builder, Work
+from engine.estimate.trace import Builder, Work
 
 
 class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -107,6 +107,6 @@ class _Ref(weakref.ref[torch.UntypedStorage]):
         return super().__new__(cls, storage, left)
 
     def __init__(self, storage: torch.UntypedStorage, left: Callable[[Any], None], key: int, number: int) -> None:
-        super().__init__(storage, left)
+        super().__init__(storage, left)  # type: ignore[call-arg]  # typeshed has no __init__ of weakref.ref
         self.key = key
         self.number = number

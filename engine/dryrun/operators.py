@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 
 from engine.dryrun import twins
 from engine.dryrun.follow import Follower
-from engine.trace import Work
+from engine.estimate.trace import Work
 
 aten = torch.ops.aten
 

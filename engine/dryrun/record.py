@@ -13,7 +13,7 @@ from torch import nn
 
 from engine.dryrun.follow import Follower
 from engine.dryrun.operators import Target
-from engine.trace import Alternative, Trace, TracedComponent, TracedModule, Weight
+from engine.estimate.trace import Alternative, Trace, TracedComponent, TracedModule, Weight
 
 # Named as the phases that they are.
 _VAE_METHODS = ("encode", "decode")
@@ -43,7 +43,7 @@ def record(pipe: Any, call: dict[str, Any], target: str, ways: Sequence[str] = (
 @contextlib.contextmanager
 def steps_marked(pipe: Any, follower: Follower) -> Iterator[None]:
     """Let every step of the scheduler mark the end of a denoising step."""
-    scheduler = getattr(pipe, "scheduler", None)
+    scheduler: Any = getattr(pipe, "scheduler", None)
     real = getattr(scheduler, "step", None)
     if real is None:
         yield

@@ -14,8 +14,8 @@ import torch
 from engine.dryrun import build, components, inputs, record
 from engine.dryrun.follow import Follower
 from engine.errors import ModelError, UsageError
+from engine.estimate.trace import Trace
 from engine.facts.model import Model
-from engine.trace import Trace
 from engine.values import Request
 
 STEPS = 2

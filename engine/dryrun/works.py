@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.dryrun.tensors import tensors_in
-from engine.trace import Work
+from engine.estimate.trace import Work
 
 aten = torch.ops.aten
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from engine.replay import DROP, EMPTY, FETCH, LOAD, STORE, Move, Placement
-from engine.trace import BEGIN, BORN, DIED, END, KIND_BITS, KIND_MASK, PHASE, WORK, Trace, Work
+from engine.estimate.placements import DROP, EMPTY, FETCH, LOAD, STORE, Move, Placement
+from engine.estimate.trace import BEGIN, BORN, DIED, END, KIND_BITS, KIND_MASK, PHASE, WORK, Trace, Work
 
 CUDA_GRANULE_BYTES = 512
 """The caching allocator rounds every request up to this, and counts it so."""

@@ -12,10 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from engine.stream import Taken
-from engine.trace import Work
+from engine.estimate.stream import Taken
+from engine.estimate.trace import Work
 
-_LIBRARIES = Path(__file__).parent / "gpus" / "libraries.json"
+_LIBRARIES = Path(__file__).parents[1] / "gpus" / "libraries.json"
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _INDEX_MAX = 2**31 - 1
 _CHANNELS_TOGETHER = 8

@@ -8,7 +8,7 @@ import zlib
 from array import array
 from typing import Any
 
-from engine.trace import EVENT_TYPE, Alternative, Trace, TracedComponent, TracedModule, Weight, Work
+from engine.estimate.trace import EVENT_TYPE, Alternative, Trace, TracedComponent, TracedModule, Weight, Work
 
 _MAGIC = b"dg-run trace 1\n"
 _MAX_BYTES = 256 * 1024**2

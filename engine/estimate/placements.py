@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from engine.trace import Trace, TracedComponent, TracedModule, Weight
+from engine.estimate.trace import Trace, TracedComponent, TracedModule, Weight
 
 LOAD, FETCH, DROP, STORE, EMPTY, WAIT = range(6)
 """

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from engine import gpus
+from engine.estimate.placements import DROP, EMPTY, FETCH, LOAD, STORE, WAIT, Placement, SequentialOffload
+from engine.estimate.trace import BEGIN, END, KIND_BITS, KIND_MASK, PHASE, STEP, WORK, Trace, Work
 from engine.gpus import Rates
-from engine.replay import DROP, EMPTY, FETCH, LOAD, STORE, WAIT, Placement, SequentialOffload
-from engine.trace import BEGIN, END, KIND_BITS, KIND_MASK, PHASE, STEP, WORK, Trace, Work
 from engine.values import Gpu
 
-_SPEEDS = Path(__file__).parent / "gpus" / "speeds.json"
+_SPEEDS = Path(__file__).parents[1] / "gpus" / "speeds.json"
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -105,8 +105,8 @@ def _peaks(rates: Rates, capability: tuple[int, int]) -> dict[str, float]:
 def work_seconds(work: Work, speed: Speeds) -> float:
     """Return how long the device is busy with one operator."""
     data = _data()
-    moving = work.moved_bytes / speed.memory_bytes_per_s
-    shortest = float(data["kernel_s"]["value"])
+    moving: float = work.moved_bytes / speed.memory_bytes_per_s
+    shortest: float = float(data["kernel_s"]["value"])
     rate = speed.flop_per_s.get(work.dtype, speed.flop_per_s["float32"])
     peak = speed.peak_flop_per_s.get(work.dtype, speed.peak_flop_per_s["float32"])
     match work.kind:
@@ -139,7 +139,7 @@ def _fill(batch: int, m: int, n: int, speed: Speeds) -> float:
     # Tiles that are only begun compute nothing in their margin.
     begun = (m / tile["rows"] / math.ceil(m / tile["rows"])) * (n / tile["columns"] / math.ceil(n / tile["columns"]))
     waves = tiles / speed.multiprocessors
-    return begun * waves / math.ceil(waves)
+    return float(begun * waves / math.ceil(waves))
 
 
 def _attention(width: int, kernel: int, speed: Speeds) -> float:

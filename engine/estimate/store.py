@@ -18,25 +18,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine import paths, tracefile, versions
+from engine import paths, versions
+from engine.estimate import tracefile
+from engine.estimate.trace import Trace
 from engine.facts.model import Model
-from engine.trace import Trace
 from engine.values import Estimate, Gpu, HostBytes, Interval, Phase, Request, Step
 
 _SHIPPED = Path(__file__).parent / "shipped"
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 # What a trace depends on, and what an answer from it does: changed code makes neither old nor wrong ones live on.
-_TRACING = ("trace.py", "tracefile.py", "dryrun/*.py")
-_ANSWERING = (
-    "replay.py",
-    "stream.py",
-    "allocator.py",
-    "pinned.py",
-    "workspaces.py",
-    "clock.py",
-    "estimate.py",
-    "gpus/*.json",
-)
+_TRACING = ("estimate/trace.py", "estimate/tracefile.py", "dryrun/*.py")
+_ANSWERING = ("estimate/*.py", "gpus/*.json")
 _LIBRARIES = ("torch", "diffusers", "transformers")
 _KEPT_IN_MEMORY = 4
 

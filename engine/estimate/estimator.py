@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from engine import traces
-from engine.estimate import estimate, within
+from engine.estimate import store
+from engine.estimate.trace import Trace
+from engine.estimate.whole import estimate, within
 from engine.facts.model import Model
-from engine.trace import Trace
 from engine.values import Estimate, Gpu, Request, Step
 
 UNKNOWN = Estimate()
@@ -31,7 +31,7 @@ class Estimator:
         self.because: str | None = None
         self.trace: Trace | None = None
         self._told = told
-        self._answers: dict[str, traces.Answers] = {}
+        self._answers: dict[str, store.Answers] = {}
 
     def __call__(self, steps: Sequence[Step]) -> Estimate:
         """Return what a run under these steps takes; every field None where it is not known.
@@ -42,10 +42,10 @@ class Estimator:
         self.because = self._unknown(steps, dtype)
         if self.because is not None or self.gpu is None:
             return UNKNOWN
-        wanted = traces.key(self.model, self.request, dtype)
-        answers = self._answers.setdefault(wanted, traces.Answers(wanted))
+        wanted = store.key(self.model, self.request, dtype)
+        answers = self._answers.setdefault(wanted, store.Answers(wanted))
         stored = {n: c.stored_dtype for n, c in self.model.components.items()}
-        name = traces.case(steps, self.gpu, self.request.steps, stored)
+        name = store.case(steps, self.gpu, self.request.steps, stored)
         found = answers.get(name)
         if found is None:
             trace = self._trace(wanted, dtype)
@@ -70,10 +70,10 @@ class Estimator:
         return None
 
     def _trace(self, wanted: str, dtype: str) -> Trace | None:
-        found = traces.known(wanted)
-        if found is None and traces.can_trace() and self._told is not None:
+        found = store.known(wanted)
+        if found is None and store.can_trace() and self._told is not None:
             self._told(f"dry run of {self.request.model} (once for each size; some seconds, no weights)")
-        found = found or traces.find(self.model, self.request, dtype)
+        found = found or store.find(self.model, self.request, dtype)
         if found is None:
             self.because = "torch, diffusers and transformers are needed for a dry run, and not all are installed"
         self.trace = found or self.trace
