@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from engine.estimate.estimator import Estimator
 from engine.facts.model import Component, Model
 from engine.plan import Plan
 from engine.values import Device, FrozenDict, Hardware, Note, ProfileRef, Request
+from engine.words import did_you_mean
 
 _GUIDANCE_NOTE = Note(
     kind="no_effect",
@@ -30,6 +32,8 @@ def resolve(
     steps: int | None = None,
     guidance: float | None = None,
     call: Mapping[str, Any] | None = None,
+    components: Mapping[str, None] | None = None,
+    pipeline_class: str | None = None,
     vram: int | str | None = None,
     host_ram: int | str | None = None,
     gpu: int | str | None = None,
@@ -49,8 +53,10 @@ def resolve(
 
     `model` is None (the embedded one), a directory, a name on the hub, or a pipeline object. Sizes are pixels; `vram`,
     `host_ram` and `headroom` are bytes or text such as "12GiB". With `optimizers` the list is exact, else a profile is
-    chosen (`profile` names the only one allowed). `device="cpu"` leaves a card alone; `hardware` replaces the probe.
-    `told` is given a line before something that takes seconds: the first dry run of a model at a size.
+    chosen (`profile` names the only one allowed). `components` names parts to leave out of the pipeline
+    (`{"text_encoder_2": None}`), `pipeline_class` another class of diffusers for the same components. `device="cpu"`
+    leaves a card alone; `hardware` replaces the probe. `told` is given a line before something that takes seconds: the
+    first dry run of a model at a size.
 
     When nothing fits it raises nothing: `plan.fits` is false, and `plan.rejected` says why.
 
@@ -62,13 +68,14 @@ def resolve(
     """
     if optimizers is not None and profile is not None:
         raise UsageError("a profile and an exact list of optimizers were given", do="give one of them")
-    known = _model(model)
+    known = _changed(_model(model), components or {}, pipeline_class)
     request = _request(
         known,
         optimizers is not None,
         {"height": height, "width": width, "frames": frames, "steps": steps, "guidance": guidance},
         batch=arguments.count("batch", batch, arguments.MAX_BATCH) or 1,
         call=FrozenDict({**known.defaults.call, **(call or {})}),
+        components=FrozenDict(components or {}),
         device=arguments.choice("device", device, arguments.DEVICES),
         gpu=None if gpu is None else str(gpu),
         vram_bytes=arguments.size("vram", vram),
@@ -124,6 +131,17 @@ def resolve(
         digest=plan.digest(request, reference, decision.steps),
         versions=FrozenDict(versions.snapshot()),
     )
+
+
+def _changed(known: Model, components: Mapping[str, None], pipeline_class: str | None) -> Model:
+    """Return a model without some components, or under another pipeline class. Raises: UsageError."""
+    for name, value in components.items():
+        if name not in known.components:
+            raise UsageError(f"{known.id} has no component {name!r}", do=did_you_mean(name, known.components))
+        if value is not None:
+            raise UsageError(f"component {name!r} can only be left out", do=f'write {{"{name}": null}}')
+    left = FrozenDict({n: c for n, c in known.components.items() if n not in components})
+    return dataclasses.replace(known, components=left, pipeline_class=pipeline_class or known.pipeline_class)
 
 
 def _request(known: Model, is_exact: bool, asked: Mapping[str, Any], **checked: Any) -> Request:

@@ -97,6 +97,7 @@ LAYERS = [
     "engine.cli.options",
     "engine.cli.doctor",
     "engine.cli.generate",
+    "engine.cli.requests",
     "engine.cli.plan",
     "engine.cli.profiles",
     "engine.cli",
