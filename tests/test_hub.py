@@ -115,7 +115,7 @@ CASES = {
         model="slow/files", environment=QUICK, says=("too slow", "6 s for all of it", "HF_HUB_ETAG_TIMEOUT")
     ),
     "cut always": Case(
-        model="cut/always", environment=QUICK, says=("and the hub", "closed connection|6 s for all", "network|again")
+        model="cut/always", environment=QUICK, says=("and the hub", "closed|disconnected|6 s for all", "network|again")
     ),
     "cut description": Case(model="cut/description", says=("could not be asked", "closed", "check the network")),
     "down": Case(
