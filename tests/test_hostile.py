@@ -33,11 +33,15 @@ INDEX: Mapping[str, Any] = {"_class_name": "FluxPipeline", "transformer": ["diff
 def folder(tmp_path: Path) -> Path:
     """A model's folder: an index, one component's configuration, and code that tells when it is run."""
     (tmp_path / "transformer").mkdir()
-    canary = f"open({str(tmp_path / 'was_run')!r}, 'w').close()\n"
+    canary = f"open({str(_canary(tmp_path))!r}, 'w').close()\n"
     for name in ("my_module.py", "pipeline.py", "transformer/my_module.py", "transformer/os.py"):
         (tmp_path / name).write_text(canary, encoding="utf-8")
     write(tmp_path)
     return tmp_path
+
+
+def _canary(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}_was_run")
 
 
 def write(folder: Path, config: object = FLUX, **index: object) -> None:
@@ -48,9 +52,9 @@ def write(folder: Path, config: object = FLUX, **index: object) -> None:
 @pytest.fixture
 def refused(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     """A function that sees a folder refused by `dg-run plan`, and returns what was said."""
+    monkeypatch.chdir(folder)  # where a module of the model's would be found, were it looked for
 
     def see(model: Path | None = None) -> str:
-        monkeypatch.chdir(folder)  # where a module of the model's would be found, were it looked for
         before, started = set(sys.modules), time.monotonic()
         code = main(["plan", "--model", str(model or folder)])
         seconds = time.monotonic() - started
@@ -60,7 +64,7 @@ def refused(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         assert "Traceback" not in told
         assert len(told) < 1500
         assert seconds < MOST_S
-        assert not (folder / "was_run").exists()
+        assert not _canary(folder).exists()
         assert not {m for m in set(sys.modules) - before if m.partition(".")[0] in ("torch", "diffusers", "my_module")}
         return told
 
