@@ -293,6 +293,7 @@ def test_a_revision_that_leaves_the_cache_is_no_name(revision: str) -> None:
         facts.find(f"tiny/model@{revision}")
 
 
+@pytest.mark.slow
 def test_a_model_that_was_planned_is_then_downloaded_and_drawn_with(hub: Hub, tmp_path: Path) -> None:
     """That the cache holds its configurations alone must not be taken for a download that was cut off."""
     online = {"HF_ENDPOINT": hub.url}
