@@ -95,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         parts = [unquote(p) for p in urlsplit(self.path).path.strip("/").split("/")]
-        is_api = parts[:2] == ["api", "models"] and len(parts) in (4, 6)
+        is_api = parts[:2] == ["api", "models"] and (len(parts) == 4 or parts[4:5] in (["revision"], ["tree"]))
         if is_api:
             owner, name, rest = parts[2], parts[3], parts[4:]
         elif len(parts) > 4 and parts[2] == "resolve":
@@ -115,6 +115,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(401, None, "Invalid credentials in Authorization header")
         elif repository.renamed is not None:
             self._send(307, b"", {"Location": self.path.replace(self.name, repository.renamed)})
+        elif is_api and rest[:1] == ["tree"]:
+            listed = [{"type": "file", "path": n, "size": len(f), "oid": "0" * 40} for n, f in repository.files.items()]
+            self._send(200, json.dumps(listed).encode(), {"Content-Type": "application/json"})
         elif is_api:
             self._describe(repository, rest[-1] if rest else "main")
         else:

@@ -108,7 +108,7 @@ def _add_sizes(parser: Parser) -> None:
         "--model",
         "--model_name",
         metavar="ID|DIR",
-        help="a directory, or OWNER/MODEL on the hub (default: the embedded model)",
+        help="a directory, or OWNER/MODEL[@REVISION] on the hub (default: the embedded model)",
     )
     group.add_argument("--height", type=whole, metavar="PX")
     group.add_argument("--width", type=whole, metavar="PX")

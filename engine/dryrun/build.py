@@ -18,7 +18,7 @@ _NOTES = "_dg_notes"
 _CLIP_POSITIONS, _USUAL_POSITIONS = 77, 512
 # What classes raise on a configuration that is not theirs, or not a model's, is not one class.
 _UNBUILDABLE = (
-    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError),
+    *(TypeError, ValueError, LookupError, AttributeError, NameError, ArithmeticError, RuntimeError),
     *(ImportError, OSError, AssertionError, MemoryError, StrictDataclassError),
 )
 

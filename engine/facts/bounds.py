@@ -147,7 +147,7 @@ def _parameters(config: Mapping[str, Any], refusal: _Refusal) -> float:
     """
     # A list under a count is a count for every stage, or names layers by number: what matters is how many there are.
     counts = {k: _total(v) for k, v in config.items() if _COUNT.match(k) and not _PER_BLOCK.match(k)}
-    if "num_layers" in counts and not any(counts.values()):
+    if isinstance(config.get("num_layers"), int) and not any(counts.values()):
         raise refusal("num_layers is 0, and a model has one at least")
     stages = max((len(v) for k, v in config.items() if _STAGES.match(k) and isinstance(v, list)), default=0)
     each = _each(config, transformers=False) * _each(config, transformers=True)

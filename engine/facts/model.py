@@ -63,7 +63,7 @@ class Model:
         vae = self.components.get("vae")
         if vae is None:
             return None
-        if isinstance(scale := vae.config.get("scale_factor_spatial"), int):
+        if isinstance(scale := vae.config.get("scale_factor_spatial"), int) and scale > 0:
             return scale
         channels = vae.config.get("block_out_channels")
         if vae.cls in ("AutoencoderKL", "AutoencoderKLFlux2") and isinstance(channels, list | tuple) and channels:
