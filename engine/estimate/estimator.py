@@ -31,6 +31,7 @@ class Estimator:
         self.because: str | None = None
         self.trace: Trace | None = None
         self._told = told
+        self._keys: dict[str, str] = {}
         self._answers: dict[str, store.Answers] = {}
 
     def __call__(self, steps: Sequence[Step]) -> Estimate:
@@ -42,7 +43,7 @@ class Estimator:
         self.because = self._unknown(steps, dtype)
         if self.because is not None or self.gpu is None:
             return UNKNOWN
-        wanted = store.key(self.model, self.request, dtype)
+        wanted = self._keys.get(dtype) or self._keys.setdefault(dtype, store.key(self.model, self.request, dtype))
         answers = self._answers.setdefault(wanted, store.Answers(wanted))
         stored = {n: c.stored_dtype for n, c in self.model.components.items()}
         name = store.case(steps, self.gpu, self.request.steps, stored)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import lzma
 import sys
-import zlib
 from array import array
 from typing import Any
 
@@ -37,9 +37,9 @@ def dump(trace: Trace) -> bytes:
         "assumptions": trace.assumptions,
         "lengths": [len(s) for s in streams],
     }
-    table = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    events = zlib.compress(b"".join(_little(s).tobytes() for s in streams), 9)
-    return _MAGIC + len(table).to_bytes(4, "little") + table + events
+    table = json.dumps(header, separators=(",", ":")).encode()
+    events = b"".join(_little(s).tobytes() for s in streams)
+    return _MAGIC + lzma.compress(len(table).to_bytes(4, "little") + table + events, preset=9)
 
 
 def load(content: bytes) -> Trace:
@@ -47,10 +47,10 @@ def load(content: bytes) -> Trace:
     if not content.startswith(_MAGIC):
         raise BadTrace("this is not a trace of this version")
     try:
-        start = len(_MAGIC) + 4
-        length = int.from_bytes(content[len(_MAGIC) : start], "little")
-        header = json.loads(_unpacked(content[start : start + length]))
-        packed = _unpacked(content[start + length :])
+        packed = _unpacked(content[len(_MAGIC) :])
+        length = int.from_bytes(packed[:4], "little")
+        header = json.loads(packed[4 : 4 + length])
+        packed = packed[4 + length :]
         streams = []
         for count in header["lengths"]:
             events = array(EVENT_TYPE)
@@ -75,15 +75,15 @@ def load(content: bytes) -> Trace:
             basis=header["basis"],
             assumptions=tuple(header["assumptions"]),
         )
-    except (KeyError, ValueError, TypeError, IndexError, zlib.error) as error:
+    except (KeyError, ValueError, TypeError, IndexError, EOFError, lzma.LZMAError) as error:
         raise BadTrace(f"this trace is damaged: {error}") from error
 
 
 def _unpacked(content: bytes) -> bytes:
-    unpacker = zlib.decompressobj()
+    unpacker = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_MAX_BYTES)
     found = unpacker.decompress(content, _MAX_BYTES)
-    if unpacker.unconsumed_tail:
-        raise BadTrace("this trace is larger than any trace")
+    if not unpacker.eof:
+        raise BadTrace("this trace is larger than any trace, or cut off")
     return found
 
 
