@@ -62,6 +62,7 @@ LAYERS = [
     "engine.estimate.workspaces",
     "engine.estimate.clock",
     "engine.estimate.whole",
+    "engine.estimate.dryrunner",
     "engine.estimate.store",
     "engine.estimate.estimator",
     "engine.arguments",
@@ -86,6 +87,7 @@ LAYERS = [
     "engine.dryrun.record",
     "engine.dryrun.components",
     "engine.dryrun.run",
+    "engine.dryrun.worker",
     "engine.run",
     "engine.run.progress",
     "engine.run.interrupt",
@@ -113,7 +115,6 @@ UPWARD = {
     ("engine.plan", "engine.explain"): "Plan.explain",
     ("engine.plan", "engine.run.load"): "Plan.load and Plan.apply, doors to the torch edge",
     ("engine.plan", "engine.run.generate"): "Plan.run, a door to the torch edge",
-    ("engine.estimate.store", "engine.dryrun.run"): "a dry run, the other door to the torch edge",
 }
 HEAVY = {"torch", "diffusers", "transformers", "accelerate"}
 EDGE = ("engine.optimizers.", "engine.run.")

@@ -178,9 +178,7 @@ def _add_choice(parser: Parser) -> None:
         default="near",
         help="how far the picture may differ from the plain pipeline's (default: near)",
     )
-    group.add_argument(
-        "--prefer", choices=PREFERENCES, default="speed", help="kept in the plan; decides once plans have estimates"
-    )
+    group.add_argument("--prefer", choices=PREFERENCES, default="speed", help="kept in the plan; decides nothing yet")
 
 
 def request(options: argparse.Namespace) -> dict[str, Any]:

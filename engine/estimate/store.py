@@ -20,6 +20,7 @@ from typing import Any
 
 from engine import paths, versions
 from engine.estimate import tracefile
+from engine.estimate.dryrunner import DryRunner
 from engine.estimate.trace import Trace
 from engine.facts.model import Model
 from engine.values import Estimate, Gpu, HostBytes, Interval, Phase, Request, Step
@@ -31,6 +32,7 @@ _TRACING = ("estimate/trace.py", "estimate/tracefile.py", "dryrun/*.py")
 _ANSWERING = ("estimate/*.py", "gpus/*.json")
 _LIBRARIES = ("torch", "diffusers", "transformers")
 _KEPT_IN_MEMORY = 4
+_dry = DryRunner()
 
 
 def key(model: Model, request: Request, dtype: str) -> str:
@@ -100,18 +102,16 @@ def _cached_path(wanted: str) -> Path:
 def find(model: Model, request: Request, dtype: str) -> Trace | None:
     """Return the trace of a request: a known one, else from a dry run; None where no dry run can be made here.
 
-    Raises: what `engine.dryrun.run.trace` raises.
+    Raises: ModelError, UsageError.
     """
     wanted = key(model, request, dtype)
     found = known(wanted)
     if found is not None or not can_trace():
         return found
-    from engine.dryrun import run
-
-    made = run.trace(model, request, dtype)
+    made = _dry.trace(model, request, dtype)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-        write(_cached_path(wanted), tracefile.dump(made))
-    return made
+        write(_cached_path(wanted), made)
+    return tracefile.load(made)
 
 
 def write(path: Path, content: bytes) -> None:

@@ -37,7 +37,8 @@ def refuse_unfit(plan: Plan) -> None:
         raise NothingFitsError(
             f"nothing fits for {plan.request.model} on this machine",
             "; ".join(f"{r.profile}: {r.because}" for r in plan.rejected),
-            "free VRAM, ask for less (--height, --width), or run without the card (--device cpu)",
+            "free VRAM, ask for less (--height, --width), or run without the card (--device cpu)"
+            + ("; --force runs the list all the same" if plan.request.exact else ""),
         )
 
 
