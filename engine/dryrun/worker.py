@@ -45,10 +45,7 @@ def _answer(question: Mapping[str, Any], answers: BinaryIO) -> None:
 
 def model_of(content: Mapping[str, Any]) -> Model:
     """Return a model from its JSON form."""
-    components = {
-        name: Component(**{k: FrozenDict(v) if isinstance(v, dict) else _plain(v) for k, v in part.items()})
-        for name, part in content["components"].items()
-    }
+    components = {name: _component(part) for name, part in content["components"].items()}
     usual: dict[str, Any] = {**content["defaults"], "call": FrozenDict(content["defaults"]["call"])}
     return Model(
         id=content["id"],
@@ -58,6 +55,11 @@ def model_of(content: Mapping[str, Any]) -> Model:
         revision=content["revision"],
         defaults=Defaults(**usual),
     )
+
+
+def _component(content: Mapping[str, Any]) -> Component:
+    given: dict[str, Any] = {k: FrozenDict(v) if isinstance(v, dict) else _plain(v) for k, v in content.items()}
+    return Component(**given)
 
 
 def request_of(content: Mapping[str, Any]) -> Request:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import paths, versions
-from engine.estimate import tracefile
+from engine.estimate import tracefile, workspaces
 from engine.estimate.dryrunner import DryRunner
 from engine.estimate.trace import Trace
 from engine.facts.model import Model
@@ -135,6 +135,7 @@ def case(steps: Sequence[Step], gpu: Gpu, denoising_steps: int | None, stored: M
         [gpu.name, gpu.arch, gpu.pcie_generation, gpu.pcie_width, gpu.mig, gpu.cores, gpu.sm_clock_mhz],
         denoising_steps,
         dict(stored),
+        workspaces.cudnn(),
     ]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:24]
 

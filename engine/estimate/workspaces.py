@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from engine import versions
 from engine.estimate.stream import Taken
 from engine.estimate.trace import Work
 
@@ -48,10 +50,34 @@ def taken(work: Work, capability: tuple[int, int]) -> Taken:
             table = _libraries()["cublas_workspace_bytes"]
             return Taken(for_good_bytes=int(_by_capability(table, capability)["value"]))
         case "conv":
+            if columns := _columns_bytes(work):
+                return Taken(bytes=columns)
             return Taken(bytes=convolution_bytes(work, capability), is_given_up=True)
         case "attention":
             return Taken(bytes=attention_bytes(work))
     return Taken()
+
+
+@cache
+def cudnn() -> tuple[int, ...] | None:
+    """Return the version of cuDNN that is installed beside torch, or None where there is none to be seen."""
+    found = next((v for n in ("cu13", "cu12") if (v := versions.installed(f"nvidia-cudnn-{n}"))), None)
+    return None if found is None else tuple(int(part) for part in re.findall(r"\d+", found)[:3])
+
+
+def _columns_bytes(work: Work) -> int:
+    """Return the buffer of torch's own 3D convolution, which stands in where cuDNN's is switched off; else 0.
+
+    Source: torch does not use cuDNN 9.8 to 9.14 for planar 3D convolutions in half precision with a kernel larger than
+    one (pull request 166480); `slow_conv_dilated3d` then unfolds one sample into columns (NaiveDilatedConvolution.cu).
+    """
+    version = cudnn()
+    per_dimension = (len(work.dims) - 5) // 5
+    kernel = work.dims[5 + per_dimension : 5 + 2 * per_dimension]
+    item = _ITEM_BYTES.get(work.dtype)
+    if per_dimension != 3 or item != 2 or max(kernel) == 1 or version is None or not (9, 8) <= version < (9, 15):
+        return 0
+    return work.dims[1] * math.prod(kernel) * math.prod(work.dims[-3:]) * item
 
 
 def convolution_bytes(work: Work, capability: tuple[int, int]) -> int:
