@@ -53,8 +53,8 @@ def resolve(
 
     `model` is None (the embedded one), a directory, a name on the hub, or a pipeline object. Sizes are pixels; `vram`,
     `host_ram` and `headroom` are bytes or text such as "12GiB". With `optimizers` the list is exact, else a profile is
-    chosen (`profile` names the only one allowed). `components` names parts to leave out of the pipeline
-    (`{"text_encoder_2": None}`), `pipeline_class` another class of diffusers for the same components. `device="cpu"`
+    chosen (`profile` names the only one allowed). `components` names parts that are not loaded
+    (`{"text_encoder_2": None}`: what it would give is handed in), `pipeline_class` another class of diffusers for the same components. `device="cpu"`
     leaves a card alone; `hardware` replaces the probe. `told` is given a line before something that takes seconds: the
     first dry run of a model at a size.
 
@@ -134,14 +134,13 @@ def resolve(
 
 
 def _changed(known: Model, components: Mapping[str, None], pipeline_class: str | None) -> Model:
-    """Return a model without some components, or under another pipeline class. Raises: UsageError."""
+    """Return a model under the pipeline class that was asked for. Raises: UsageError, for parts it does not have."""
     for name, value in components.items():
         if name not in known.components:
             raise UsageError(f"{known.id} has no component {name!r}", do=did_you_mean(name, known.components))
         if value is not None:
             raise UsageError(f"component {name!r} can only be left out", do=f'write {{"{name}": null}}')
-    left = FrozenDict({n: c for n, c in known.components.items() if n not in components})
-    return dataclasses.replace(known, components=left, pipeline_class=pipeline_class or known.pipeline_class)
+    return known if pipeline_class is None else dataclasses.replace(known, pipeline_class=pipeline_class)
 
 
 def _request(known: Model, is_exact: bool, asked: Mapping[str, Any], **checked: Any) -> Request:

@@ -46,13 +46,21 @@ class Estimator:
         wanted = self._keys.get(dtype) or self._keys.setdefault(dtype, store.key(self.model, self.request, dtype))
         answers = self._answers.setdefault(wanted, store.Answers(wanted))
         stored = {n: c.stored_dtype for n, c in self.model.components.items()}
-        name = store.case(steps, self.gpu, self.request.steps, stored)
+        name = store.case(steps, self.gpu, self.request, stored)
         found = answers.get(name)
         if found is None:
             trace = self._trace(wanted, dtype)
             if trace is None:
                 return UNKNOWN
-            found = estimate(trace, steps, self.gpu, dtype=dtype, denoising_steps=self.request.steps, stored=stored)
+            found = estimate(
+                trace,
+                steps,
+                self.gpu,
+                dtype=dtype,
+                denoising_steps=self.request.steps,
+                stored=stored,
+                absent=self.request.components,
+            )
             answers.put(name, found)
         return within(found, self.budget_bytes)
 

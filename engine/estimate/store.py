@@ -128,12 +128,13 @@ def write(path: Path, content: bytes) -> None:
         raise
 
 
-def case(steps: Sequence[Step], gpu: Gpu, denoising_steps: int | None, stored: Mapping[str, str | None]) -> str:
+def case(steps: Sequence[Step], gpu: Gpu, request: Request, stored: Mapping[str, str | None]) -> str:
     """Return what an estimate from one trace is known by."""
     content = [
         [[s.name, dict(s.params)] for s in steps],
         [gpu.name, gpu.arch, gpu.pcie_generation, gpu.pcie_width, gpu.mig, gpu.cores, gpu.sm_clock_mhz],
-        denoising_steps,
+        request.steps,
+        sorted(request.components),
         dict(stored),
         workspaces.cudnn(),
     ]

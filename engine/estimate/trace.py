@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -157,6 +157,57 @@ class Trace:
         """Return the trace with every alternative of this name in the place of what it stands in for."""
         chosen = sorted((a for a in self.alternatives if a.name == name), key=lambda a: a.start)
         return replace(self, events=_spliced(self.events, chosen), alternatives=()) if chosen else self
+
+    def without(self, names: Collection[str]) -> Trace:
+        """Return the trace of a run that is given what these components would have computed.
+
+        Their weights are gone, and what happened within them; what they gave is there when they would have ended. The way
+        through the VAE is to be chosen before: alternatives are gone as well.
+        """
+        gone = [c.name for c in self.components if c.name in names]
+        if not gone:
+            return self
+        return replace(
+            self,
+            components=tuple(c for c in self.components if c.name not in gone),
+            offload_chain=tuple(n for n in self.offload_chain if n not in gone),
+            offload_excluded=tuple(n for n in self.offload_excluded if n not in gone),
+            events=_passed_over(self.events, {i for i, path in enumerate(self.paths) if path in gone}),
+            alternatives=(),
+        )
+
+
+def _passed_over(events: array[int], roots: Collection[int]) -> array[int]:
+    """Return events without those between the beginning and the end of modules with these indices of paths."""
+    out = array(EVENT_TYPE)
+    renamed: dict[int, int] = {}
+    made = born = depth = 0
+    inside: dict[int, int] = {}  # births within such a module that are alive: the number, and the word
+    for word in events:
+        kind, payload = word & KIND_MASK, word >> KIND_BITS
+        if kind == DIED:
+            number = born - 1 - payload
+            if inside.pop(number, None) is None:
+                out.append((made - 1 - renamed.pop(number)) << KIND_BITS | DIED)
+        elif kind == BORN:
+            if depth:
+                inside[born] = word
+            else:
+                renamed[born] = made
+                out.append(word)
+                made += 1
+            born += 1
+        elif kind in (BEGIN, END) and payload in roots:
+            depth += 1 if kind == BEGIN else -1
+            if not depth:
+                for number, birth in inside.items():
+                    renamed[number] = made
+                    out.append(birth)
+                    made += 1
+                inside.clear()
+        elif not depth:
+            out.append(word)
+    return out
 
 
 def _spliced(events: array[int], chosen: Sequence[Alternative]) -> array[int]:

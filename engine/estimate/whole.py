@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from engine import optimizers
 from engine.estimate import allocator, clock, stream, workspaces
@@ -71,15 +71,16 @@ def estimate(
     dtype: str,
     denoising_steps: int | None,
     stored: Mapping[str, str | None],
+    absent: Collection[str] = (),
 ) -> Estimate:
     """Return the estimate of a run under `steps`, as if the card had no limit.
 
     `stored` says, by component, which dtype its weights have on disk (None: not known, taken to be another).
-    `gpu` needs a compute capability.
+    `absent` names components that are not loaded; what they would give is handed in. `gpu` needs a compute capability.
     """
     capability = gpu.compute_capability
     assert capability is not None
-    along = trace.along(way(steps))
+    along = trace.along(way(steps)).without(absent)
     make = functools.partial(placed, along, steps, dtype)
     usual = stream.build(along, make(), functools.cache(lambda w: workspaces.taken(w, capability)))
     reserved = allocator.replay(
@@ -109,7 +110,7 @@ def estimate(
         seconds=None if seconds is None else round(sum(seconds["value"].values()), 3),
         load_seconds=None
         if usual_speed is None
-        else round(clock.load_seconds(_stored_bytes(trace), at_rest, usual_speed), 3),
+        else round(clock.load_seconds(_stored_bytes(along), at_rest, usual_speed), 3),
         quality=max((optimizers.spec(s.name).quality for s in steps), key=_QUALITIES.index, default="exact"),
         basis=trace.basis,
         calibrated=False,
