@@ -54,9 +54,9 @@ def resolve(
     `model` is None (the embedded one), a directory, a name on the hub, or a pipeline object. Sizes are pixels; `vram`,
     `host_ram` and `headroom` are bytes or text such as "12GiB". With `optimizers` the list is exact, else a profile is
     chosen (`profile` names the only one allowed). `components` names parts that are not loaded
-    (`{"text_encoder_2": None}`: what it would give is handed in), `pipeline_class` another class of diffusers for the same components. `device="cpu"`
-    leaves a card alone; `hardware` replaces the probe. `told` is given a line before something that takes seconds: the
-    first dry run of a model at a size.
+    (`{"text_encoder_2": None}`: what it would give is handed in), `pipeline_class` another class of diffusers for the
+    same components. `device="cpu"` leaves a card alone; `hardware` replaces the probe. `told` is given a line before
+    something that takes seconds: the first dry run of a model at a size.
 
     When nothing fits it raises nothing: `plan.fits` is false, and `plan.rejected` says why.
 

@@ -161,8 +161,8 @@ class Trace:
     def without(self, names: Collection[str]) -> Trace:
         """Return the trace of a run that is given what these components would have computed.
 
-        Their weights are gone, and what happened within them; what they gave is there when they would have ended. The way
-        through the VAE is to be chosen before: alternatives are gone as well.
+        Their weights are gone, and what happened within them; what they gave is there when they would have ended. The
+        way through the VAE is to be chosen before: alternatives are gone as well.
         """
         gone = [c.name for c in self.components if c.name in names]
         if not gone:

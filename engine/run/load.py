@@ -64,6 +64,7 @@ def _from_pretrained(plan: Plan, where: str) -> Any:
         arguments |= optimizers.get(step.name).load_arguments(step, here)
     if plan.request.revision is not None and where == plan.request.model:
         arguments["revision"] = plan.request.revision
+    arguments |= dict(plan.request.components)  # None: not loaded
     try:
         return DiffusionPipeline.from_pretrained(where, use_safetensors=True, trust_remote_code=False, **arguments)
     except torch.OutOfMemoryError as error:
