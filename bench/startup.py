@@ -1,12 +1,14 @@
 """How long it takes to know what would be run: `python -m bench.startup [--runs N]`.
 
 Prints the median and the spread of: importing engine, a probe (the real pynvml against the tests' stub library with
-eight cards), a resolve in a warm process, and `dg-run plan` as a whole process, beside a bare interpreter.
+eight cards), a resolve in a warm process (of the embedded model, and of FLUX.1-dev with its estimates), `dg-run plan` as
+a whole process, and a hundred warm requests, beside a bare interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -18,6 +20,8 @@ from pathlib import Path
 from tests import nvml_stub
 
 ROOT = Path(__file__).parents[1]
+MODEL, CARD = "black-forest-labs/FLUX.1-dev", "RTX 4090"
+REQUEST = {"model": MODEL, "hardware": {"gpu": CARD, "host_ram": "64GiB"}}
 INSIDE = """
 import time, statistics, sys
 {setup}
@@ -68,6 +72,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         environment = _environment(Path(name))
         python = [sys.executable]
+        requests = Path(name) / "requests.jsonl"
+        requests.write_text("".join(f"{json.dumps({'id': i} | REQUEST)}\n" for i in range(100)), encoding="utf-8")
         rows: dict[str, Callable[[], list[float]]] = {
             "python -c pass": lambda: _whole([*python, "-c", "pass"], runs, environment),
             "python -c 'import engine'": lambda: _whole([*python, "-c", "import engine"], runs, environment),
@@ -75,7 +81,19 @@ def main() -> None:
             "engine.resolve, warm": lambda: _inside(
                 "import engine; engine.resolve()", "engine.resolve()", runs, environment
             ),
+            "engine.resolve, FLUX.1-dev": lambda: _inside(
+                f"import engine; ask = lambda: engine.resolve({MODEL!r}, gpu={CARD!r}); ask()",
+                "ask()",
+                runs,
+                environment,
+            ),
             "dg-run plan": lambda: _whole([*python, "-m", "engine", "plan"], runs, environment),
+            "dg-run plan, FLUX.1-dev": lambda: _whole(
+                [*python, "-m", "engine", "plan", "--model", MODEL, "--gpu", CARD], runs, environment
+            ),
+            "a hundred warm requests": lambda: _whole(
+                [*python, "-m", "engine", "plan", "--requests", str(requests)], max(2, runs // 5), environment
+            ),
         }
         base = None
         print(f"{'':<28} {'median':>10} {'min':>10} {'max':>10}   ratio to a bare interpreter")

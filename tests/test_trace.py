@@ -1,0 +1,63 @@
+"""Traces as values: other ways through the VAE, and components that are not there."""
+
+from __future__ import annotations
+
+from engine.estimate.trace import Builder, Trace, TracedComponent, TracedModule, Weight
+
+
+def component(name: str) -> TracedComponent:
+    weight = Weight(name="w", storage=len(name), size_bytes=8, is_buffer=False)
+    return TracedComponent(name=name, modules=(TracedModule(path=f"{name}.a", weights=(weight,)),))
+
+
+def made(builder: Builder) -> Trace:
+    return Trace(
+        pipeline_class="Toy",
+        components=(component("text"), component("net")),
+        offload_chain=("text", "net"),
+        offload_excluded=(),
+        **builder.tables(),
+    )
+
+
+def test_what_a_component_that_is_left_out_would_give_is_handed_in() -> None:
+    builder = Builder()
+    ids = builder.born(1)
+    builder.phase("encode")
+    builder.begin("text")
+    builder.begin("text.a")
+    inner = builder.born(100)
+    given = builder.born(10)
+    builder.died(ids)
+    builder.died(inner)
+    builder.end("text.a")
+    builder.end("text")
+    builder.phase("denoise")
+    builder.begin("net")
+    latents = builder.born(40)
+    builder.died(given)
+    builder.end("net")
+    builder.died(latents)
+
+    left = made(builder).without(["text"])
+    assert [c.name for c in left.components] == ["net"]
+    assert left.offload_chain == ("net",)
+    told = [(e.sign, e.name or e.size_bytes) for e in left.told()]
+    assert told == [
+        ("+", 1),
+        ("=", "encode"),
+        ("-", 1),
+        ("+", 10),
+        ("=", "denoise"),
+        (">", "net"),
+        ("+", 40),
+        ("-", 10),
+        ("<", "net"),
+        ("-", 40),
+    ]
+
+
+def test_leaving_out_what_is_not_there_changes_nothing() -> None:
+    whole = made(Builder())
+    assert whole.without(["vae"]) is whole
+    assert whole.without([]) is whole
