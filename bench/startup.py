@@ -1,7 +1,7 @@
 """How long it takes to know what would be run: `python -m bench.startup [--runs N]`.
 
 Prints the median and the spread of: importing engine, a probe (the real pynvml against the tests' stub library with
-eight cards), a resolve in a warm process (of the embedded model, and of FLUX.1-dev with its estimates), `dg-run plan` as
+eight cards), a resolve in a warm process (of the embedded model, and of FLUX.1-dev with estimates), `dg-run plan` as
 a whole process, and a hundred warm requests, beside a bare interpreter.
 """
 
