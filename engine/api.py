@@ -8,8 +8,9 @@ from typing import Any
 
 from engine import arguments, cards, facts, plan, profiles, solver, versions
 from engine.arguments import StepLike
-from engine.errors import UsageError
+from engine.errors import HardwareError, ModelError, NothingFitsError, UsageError
 from engine.estimate.estimator import Estimator
+from engine.estimate.timeline import Timeline
 from engine.facts.model import Component, Model
 from engine.plan import Plan
 from engine.values import Device, FrozenDict, Hardware, Note, ProfileRef, Request
@@ -131,6 +132,25 @@ def resolve(
         digest=plan.digest(request, reference, decision.steps),
         versions=FrozenDict(versions.snapshot()),
     )
+
+
+def timeline(made: Plan, told: Callable[[str], None] | None = None) -> Timeline:
+    """Return what is on the card along the run that a plan describes. `told` as for `resolve`.
+
+    Raises: NothingFitsError, HardwareError, ModelError: why there is none.
+    """
+    if not made.optimizers:
+        raise NothingFitsError("there is no timeline", "nothing fits, so there is no run", "list optimizers (--exact)")
+    request = made.request
+    known = _changed(facts.find(request.model, request.revision), request.components, request.pipeline_class)
+    estimates = Estimator(known, request, made.card, made.budget_bytes, told)
+    found = estimates.timeline(made.optimizers)
+    if found is None:
+        because = estimates.because or ""
+        if made.card is None or made.card.compute_capability is None:
+            raise HardwareError("there is no timeline", because, 'plan for a card by name: --gpu "RTX 4090"')
+        raise ModelError("there is no timeline", because)
+    return found
 
 
 def _changed(known: Model, components: Mapping[str, None], pipeline_class: str | None) -> Model:

@@ -15,7 +15,7 @@ def plan_text(plan: Plan) -> str:
     """Return a plan in a dozen lines: the request, the device, the steps, and why nothing else was taken."""
     rows = [
         ("model", _model(plan)),
-        ("picture", _picture(plan)),
+        ("picture", picture(plan)),
         ("device", _device(plan)),
         ("profile", _profile(plan)),
     ]
@@ -89,7 +89,8 @@ def _model(plan: Plan) -> str:
     return f"{name} ({plan.request.pipeline_class})"
 
 
-def _picture(plan: Plan) -> str:
+def picture(plan: Plan) -> str:
+    """Return what is drawn, and in how many steps."""
     asked = plan.request
     size = (
         "the pipeline's own size" if asked.width is None or asked.height is None else f"{asked.width} x {asked.height}"

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import engine
-from engine.cli import options, requests
+from engine import api, chart
+from engine.cli import drawing, options, requests
 from engine.errors import NothingFitsError, UsageError
 
 
@@ -44,10 +45,19 @@ def run(arguments: list[str]) -> int:
                 "--requests takes no other option", "each line says all of its request", "leave the rest out"
             )
         return requests.answer_all(given.requests)
+    if given.timeline is not None:
+        drawing.check(given.timeline)
     plan = engine.resolve(
         **options.request(given),
         **(options.exact(given) if given.exact else options.constraints(given)),
-        told=lambda line: print(line, file=sys.stderr, flush=True),
+        told=_tell,
     )
-    print(plan.to_json() if given.json else plan.explain())
+    print(plan.to_json() if given.json else plan.explain(), flush=True)
+    if given.timeline is not None:
+        drawing.write(given.timeline, chart.svg(plan, api.timeline(plan, _tell)))
+        _tell(f"the timeline is in {given.timeline}")
     return NothingFitsError.exit_code if plan.fits is False else 0
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from engine.estimate import store
+from engine.estimate import store, timeline
+from engine.estimate.timeline import Timeline
 from engine.estimate.trace import Trace
 from engine.estimate.whole import estimate, within
 from engine.facts.model import Model
@@ -39,7 +40,7 @@ class Estimator:
 
         Raises: ModelError, UsageError: what the dry run has against the model or its call.
         """
-        dtype = next((str(s.params["value"]) for s in steps if s.name == "dtype"), "float32")
+        dtype = _dtype(steps)
         self.because = self._unknown(steps, dtype)
         if self.because is not None or self.gpu is None:
             return UNKNOWN
@@ -63,6 +64,18 @@ class Estimator:
             )
             answers.put(name, found)
         return within(found, self.budget_bytes)
+
+    def timeline(self, steps: Sequence[Step]) -> Timeline | None:
+        """Return what is on the card along a run under these steps; None where it is not known, as `because` says.
+
+        Answers are kept and timelines are not: this needs the trace. Raises: ModelError, UsageError.
+        """
+        dtype = _dtype(steps)
+        self.because = self._unknown(steps, dtype)
+        if self.because is not None or self.gpu is None:
+            return None
+        trace = self._trace(store.key(self.model, self.request, dtype), dtype)
+        return None if trace is None else timeline.of_trace(trace, steps, self.gpu, dtype)
 
     def _unknown(self, steps: Sequence[Step], dtype: str) -> str | None:
         """Return why there can be no estimate, or None."""
@@ -92,3 +105,8 @@ class Estimator:
         """Keep the answers that are new."""
         for answers in self._answers.values():
             answers.save()
+
+
+def _dtype(steps: Sequence[Step]) -> str:
+    """Return the dtype that steps load in: float32, as the libraries do, where none says."""
+    return next((str(s.params["value"]) for s in steps if s.name == "dtype"), "float32")

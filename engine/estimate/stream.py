@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.estimate.placements import DROP, EMPTY, FETCH, LOAD, STORE, Move, Placement
-from engine.estimate.trace import BEGIN, BORN, DIED, END, KIND_BITS, KIND_MASK, PHASE, WORK, Trace, Work
+from engine.estimate.trace import BEGIN, BORN, DIED, END, KIND_BITS, KIND_MASK, PHASE, STEP, WORK, Trace, Work
 
 CUDA_GRANULE_BYTES = 512
 """The caching allocator rounds every request up to this, and counts it so."""
@@ -55,11 +55,17 @@ class Stream:
     """What is allocated on the stream of copies, which has a pool of its own."""
     marks: list[tuple[int, str]] = field(default_factory=list)
     """Where each phase begins: an index into `events`, and its name."""
+    step_ends: list[int] = field(default_factory=list)
+    """Where each denoising step has ended: an index into `events`."""
+    owners: dict[int, str] = field(default_factory=dict)
+    """The component that each allocation of weights belongs to, by key."""
 
-    def allocate(self, size_bytes: int, kind: int) -> int:
+    def allocate(self, size_bytes: int, kind: int, owner: str | None = None) -> int:
         self.sizes.append(size_bytes)
         self.kinds.append(kind)
         key = len(self.sizes) - 1
+        if owner is not None:
+            self.owners[key] = owner
         self.events.append(key)
         return key
 
@@ -77,8 +83,10 @@ def build(trace: Trace, placement: Placement, takes: Callable[[Work], Taken] | N
     kept: dict[int, int] = {}
 
     made.marks.append((0, LOADING))
-    for slot in placement.resident():
-        weights[slot] = allocate(placement.sizes[slot], WEIGHT)
+    at_rest = placement.resident()
+    owners = {s: c.name for c in trace.components for s in placement.slots(c.weights())} if at_rest else {}
+    for slot in at_rest:
+        weights[slot] = allocate(placement.sizes[slot], WEIGHT, owners.get(slot))
 
     for word in trace.events:
         kind, payload = word & KIND_MASK, word >> KIND_BITS
@@ -92,22 +100,24 @@ def build(trace: Trace, placement: Placement, takes: Callable[[Work], Taken] | N
                 _workspace(made, want, kept)
         elif kind == PHASE:
             made.marks.append((len(events), trace.phases[payload]))
+        elif kind == STEP:
+            made.step_ends.append(len(events))
         elif kind == BEGIN and acts[payload]:
             path = paths[payload]
             for move in placement.begin(path):
-                _moved(made, move, placement, weights)
+                _moved(made, move, placement, weights, _component(path))
             for cast in placement.casts.get(path, ()):
-                wide = allocate(cast.computed_bytes, WEIGHT)
+                wide = allocate(cast.computed_bytes, WEIGHT, _component(path))
                 events.append(-weights[cast.slot])
                 weights[cast.slot] = wide
         elif kind == END and acts[payload]:
             path = paths[payload]
             for cast in placement.casts.get(path, ()):
-                narrow = allocate(cast.stored_bytes, WEIGHT)
+                narrow = allocate(cast.stored_bytes, WEIGHT, _component(path))
                 events.append(-weights[cast.slot])
                 weights[cast.slot] = narrow
             for move in placement.end(path):
-                _moved(made, move, placement, weights)
+                _moved(made, move, placement, weights, _component(path))
     return made
 
 
@@ -121,12 +131,17 @@ def _workspace(made: Stream, want: Taken, kept: dict[int, int]) -> None:
             made.optional.add(key)
 
 
-def _moved(made: Stream, move: Move, placement: Placement, weights: dict[int, int]) -> None:
+def _component(path: str) -> str:
+    """Return the component that a module belongs to. What comes when a module begins is its own component's."""
+    return path.partition(".")[0]
+
+
+def _moved(made: Stream, move: Move, placement: Placement, weights: dict[int, int], component: str) -> None:
     verb = move.verb
     if verb in (LOAD, FETCH):
         for slot in move.slots:
             if slot not in weights:
-                key = weights[slot] = made.allocate(placement.sizes[slot], WEIGHT)
+                key = weights[slot] = made.allocate(placement.sizes[slot], WEIGHT, component)
                 if verb == FETCH:
                     made.aside.add(key)
     elif verb in (DROP, STORE):
