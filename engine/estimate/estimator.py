@@ -75,7 +75,9 @@ class Estimator:
         if self.because is not None or self.gpu is None:
             return None
         trace = self._trace(store.key(self.model, self.request, dtype), dtype)
-        return None if trace is None else timeline.of_trace(trace, steps, self.gpu, dtype)
+        if trace is None:
+            return None
+        return timeline.of_trace(trace, steps, self.gpu, dtype, self.request.components)
 
     def _unknown(self, steps: Sequence[Step], dtype: str) -> str | None:
         """Return why there can be no estimate, or None."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from engine.estimate import stream, whole, workspaces
@@ -73,11 +73,11 @@ class Timeline:
         return max(range(len(self.phases)), key=lambda i: self.phases[i].peak_point.total_bytes)
 
 
-def of_trace(trace: Trace, steps: Sequence[Step], gpu: Gpu, dtype: str) -> Timeline:
-    """Return the timeline of a run under `steps`. `gpu` needs a compute capability."""
+def of_trace(trace: Trace, steps: Sequence[Step], gpu: Gpu, dtype: str, absent: Collection[str] = ()) -> Timeline:
+    """Return the timeline of a run under `steps`, without what is `absent`. `gpu` needs a compute capability."""
     capability = gpu.compute_capability
     assert capability is not None
-    along = trace.along(whole.way(steps))
+    along = trace.along(whole.way(steps)).without(absent)
     placement = whole.placed(along, steps, dtype)
     made = stream.build(along, placement, functools.cache(lambda w: workspaces.taken(w, capability)))
     return of_stream(made, _sizes(along, placement), workspaces.context_bytes(capability))
