@@ -40,11 +40,10 @@ def test_what_was_asked_is_given_under_the_names_of_the_pipeline() -> None:
     pipe, _ = tiny.made("wan")
     asked = inputs.call(model(), pipe, height=64, width=96, frames=9, batch=2, steps=3, guidance=4.5)
     assert asked == {
-        "prompt": "x",
+        "prompt": ["x", "x"],
         "height": 64,
         "width": 96,
         "num_frames": 9,
-        "num_videos_per_prompt": 2,
         "num_inference_steps": 3,
         "guidance_scale": 4.5,
         "output_type": "pil",
@@ -69,8 +68,22 @@ class Needy:
     def __call__(self, prompt: str, speed: float) -> None: ...
 
 
-def test_a_batch_is_a_list_of_prompts_where_the_pipeline_has_no_copies() -> None:
+def test_a_batch_is_a_list_of_prompts_where_the_pipeline_has_no_copies_of_pictures() -> None:
     assert inputs.call(model(), NoCopies(), batch=2) == {"prompt": ["x", "x"]}
+    with pytest.raises(UsageError, match="num_images_per_prompt"):
+        inputs.call(model(), NoCopies(), batch=2, extra={"prompt": "y"})
+
+
+def test_a_batch_of_videos_is_really_made() -> None:
+    """CogVideoX overwrites `num_videos_per_prompt` by 1."""
+    found, pipe = catalogued("THUDM/CogVideoX-2b")
+    sizes = [
+        largest(
+            record.record(pipe, inputs.call(found, pipe, height=256, width=256, frames=9, batch=b, steps=1), "cuda")
+        )
+        for b in (1, 2)
+    ]
+    assert sizes[1] == 2 * sizes[0]
 
 
 def test_an_argument_that_is_not_there_is_refused_with_the_nearest_one() -> None:
