@@ -74,6 +74,9 @@ def test_views_share_and_what_is_written_in_place_stays_where_it_is() -> None:
         z = meta(4)
         z.resize_(8)
         assert z.shape == (8,)
+        one, other, target = meta(4), meta(4), meta(4)
+        target.set_(one).set_(one).set_(other)  # type: ignore[call-overload]
+        assert target.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 def test_results_of_many_kinds_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:

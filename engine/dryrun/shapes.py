@@ -103,6 +103,8 @@ def _read(func: Any) -> Operator:
     taken, given = func._schema.arguments, func._schema.returns
     written = tuple(k for k, a in enumerate(taken) if a.alias_info is not None and a.alias_info.is_write)
     is_in_place = written == (0,) and len(given) == 1 and given[0].alias_info is not None
+    # `set_` gives a tensor another storage, which of two that look alike is not told by their looks.
+    is_in_place = is_in_place and not func._schema.name.startswith("aten::set_")
     return Operator(
         func=func,
         written=written,
