@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 
-from engine import facts, replay
+from engine import facts
+from engine.estimate import placements, stream
 from engine.facts import catalogue
 from engine.units import GIB
 
@@ -47,15 +48,17 @@ def one(name: str, batch: int) -> str:
     with twins.assumed() as assumed:
         trace = record.record(pipe, asked, "cuda")
     ran_s = time.perf_counter() - start
-    resident = replay.peaks(trace, replay.Resident(trace))
+    resident = stream.peaks(stream.build(trace, placements.Resident(trace)))
     best = max(resident, key=lambda p: p.peak_bytes)
     peaks = {
-        "model": replay.ModelOffload(trace),
-        "block": replay.GroupOffload(trace, block_level=True),
-        "leaf": replay.GroupOffload(trace),
-        "sequential": replay.SequentialOffload(trace),
+        "model": placements.ModelOffload(trace),
+        "block": placements.GroupOffload(trace, block_level=True),
+        "leaf": placements.GroupOffload(trace),
+        "sequential": placements.SequentialOffload(trace),
     }
-    told = ", ".join(f"{k} {replay.peak_bytes(trace, p) / GIB:.2f}" for k, p in peaks.items())
+    told = ", ".join(
+        f"{k} {stream.peak_bytes(stream.peaks(stream.build(trace, p))) / GIB:.2f}" for k, p in peaks.items()
+    )
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
     return (
         f"{built_s:4.1f} s + {ran_s:4.1f} s, {len(trace.events):6} events, {memory:.2f} GiB of RAM;"

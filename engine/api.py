@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from engine import arguments, cards, facts, plan, profiles, solver, versions
 from engine.arguments import StepLike
 from engine.errors import UsageError
+from engine.estimate.estimator import Estimator
 from engine.facts.model import Component, Model
 from engine.plan import Plan
-from engine.values import Device, Estimate, FrozenDict, Gpu, Hardware, Note, ProfileRef, Request
+from engine.values import Device, FrozenDict, Hardware, Note, ProfileRef, Request
+from engine.words import did_you_mean
 
 _GUIDANCE_NOTE = Note(
     kind="no_effect",
@@ -30,6 +32,8 @@ def resolve(
     steps: int | None = None,
     guidance: float | None = None,
     call: Mapping[str, Any] | None = None,
+    components: Mapping[str, None] | None = None,
+    pipeline_class: str | None = None,
     vram: int | str | None = None,
     host_ram: int | str | None = None,
     gpu: int | str | None = None,
@@ -43,12 +47,16 @@ def resolve(
     prompts_known: bool = False,
     device: str | None = None,
     hardware: Hardware | None = None,
+    told: Callable[[str], None] | None = None,
 ) -> Plan:
     """Return the plan for a request on this machine.
 
     `model` is None (the embedded one), a directory, a name on the hub, or a pipeline object. Sizes are pixels; `vram`,
     `host_ram` and `headroom` are bytes or text such as "12GiB". With `optimizers` the list is exact, else a profile is
-    chosen (`profile` names the only one allowed). `device="cpu"` leaves a card alone; `hardware` replaces the probe.
+    chosen (`profile` names the only one allowed). `components` names parts that are not loaded
+    (`{"text_encoder_2": None}`: what it would give is handed in), `pipeline_class` another class of diffusers for the
+    same components. `device="cpu"` leaves a card alone; `hardware` replaces the probe. `told` is given a line before
+    something that takes seconds: the first dry run of a model at a size.
 
     When nothing fits it raises nothing: `plan.fits` is false, and `plan.rejected` says why.
 
@@ -60,13 +68,14 @@ def resolve(
     """
     if optimizers is not None and profile is not None:
         raise UsageError("a profile and an exact list of optimizers were given", do="give one of them")
-    known = _model(model)
+    known = _changed(_model(model), components or {}, pipeline_class)
     request = _request(
         known,
         optimizers is not None,
         {"height": height, "width": width, "frames": frames, "steps": steps, "guidance": guidance},
         batch=arguments.count("batch", batch, arguments.MAX_BATCH) or 1,
         call=FrozenDict({**known.defaults.call, **(call or {})}),
+        components=FrozenDict(components or {}),
         device=arguments.choice("device", device, arguments.DEVICES),
         gpu=None if gpu is None else str(gpu),
         vram_bytes=arguments.size("vram", vram),
@@ -82,14 +91,56 @@ def resolve(
     arguments.refuse_bad_sizes(request, known)
     seen = cards.snapshot(request, hardware)
     card = cards.chosen(request, seen)
-    situation = solver.Situation(request=request, model=known, gpu=card)
+    headroom_bytes = None if card is None else cards.headroom_bytes(request, card)
+    budget_bytes = None
+    if card is not None and card.free_bytes is not None and headroom_bytes is not None:
+        budget_bytes = max(0, card.free_bytes - headroom_bytes)
+    estimates = Estimator(known, request, card, budget_bytes, told)
+    situation = solver.Situation(
+        request=request,
+        model=known,
+        gpu=card,
+        estimate=estimates,
+        budget_bytes=budget_bytes,
+        host_budget_bytes=None if card is None else seen.host.ram_bytes,
+    )
     if optimizers is not None:
         decision = solver.exact(situation, [arguments.step(s) for s in optimizers])
     else:
         decision = solver.choose(situation, profiles.built_in() if profile is None else (profiles.find(profile),))
+    estimates.save()
+    notes = decision.notes
     if guidance is not None and known.ignores_guidance:
-        decision = dataclasses.replace(decision, notes=(*decision.notes, _GUIDANCE_NOTE))
-    return _plan(request, seen, card, decision)
+        notes = (*notes, _GUIDANCE_NOTE)
+    if estimates.because is not None:
+        notes = (*notes, Note(kind="not_estimated", optimizer=None, because=estimates.because))
+    taken = decision.profile
+    reference = None if taken is None else ProfileRef(name=taken.name, version=taken.version, source=taken.source)
+    return Plan(
+        request=request,
+        hardware=seen,
+        device=None if card is None else Device(uuid=card.uuid, index=card.index),
+        profile=reference,
+        optimizers=decision.steps,
+        estimate=decision.estimate,
+        budget_bytes=budget_bytes,
+        headroom_bytes=headroom_bytes,
+        fits=decision.fits,
+        rejected=decision.rejected,
+        notes=notes,
+        digest=plan.digest(request, reference, decision.steps),
+        versions=FrozenDict(versions.snapshot()),
+    )
+
+
+def _changed(known: Model, components: Mapping[str, None], pipeline_class: str | None) -> Model:
+    """Return a model under the pipeline class that was asked for. Raises: UsageError, for parts it does not have."""
+    for name, value in components.items():
+        if name not in known.components:
+            raise UsageError(f"{known.id} has no component {name!r}", do=did_you_mean(name, known.components))
+        if value is not None:
+            raise UsageError(f"component {name!r} can only be left out", do=f'write {{"{name}": null}}')
+    return known if pipeline_class is None else dataclasses.replace(known, pipeline_class=pipeline_class)
 
 
 def _request(known: Model, is_exact: bool, asked: Mapping[str, Any], **checked: Any) -> Request:
@@ -109,30 +160,6 @@ def _request(known: Model, is_exact: bool, asked: Mapping[str, Any], **checked: 
         steps=arguments.count("steps", wanted("steps"), arguments.MAX_STEPS),
         guidance=arguments.number("guidance", wanted("guidance")),
         **checked,
-    )
-
-
-def _plan(request: Request, seen: Hardware, card: Gpu | None, decision: solver.Decision) -> Plan:
-    taken = decision.profile
-    reference = None if taken is None else ProfileRef(name=taken.name, version=taken.version, source=taken.source)
-    headroom_bytes = budget_bytes = None
-    if card is not None:
-        headroom_bytes = cards.headroom_bytes(request, card)
-        budget_bytes = None if card.free_bytes is None else max(0, card.free_bytes - headroom_bytes)
-    return Plan(
-        request=request,
-        hardware=seen,
-        device=None if card is None else Device(uuid=card.uuid, index=card.index),
-        profile=reference,
-        optimizers=decision.steps,
-        estimate=Estimate(),
-        budget_bytes=budget_bytes,
-        headroom_bytes=headroom_bytes,
-        fits=decision.fits,
-        rejected=decision.rejected,
-        notes=decision.notes,
-        digest=plan.digest(request, reference, decision.steps),
-        versions=FrozenDict(versions.snapshot()),
     )
 
 

@@ -8,7 +8,7 @@ from engine.plan import Plan
 from engine.units import format_size
 from engine.values import Note, Rejection, Step
 
-NOT_ESTIMATED = "not estimated: this version does not predict memory or time, so whether it fits is not known"
+NOT_ESTIMATED = "not estimated, so whether it fits is not known"
 
 
 def plan_text(plan: Plan) -> str:
@@ -23,11 +23,60 @@ def plan_text(plan: Plan) -> str:
         rows.append(("steps", "\n".join(f"{i}. {_step(s, plan.notes)}" for i, s in enumerate(plan.optimizers, 1))))
     rows += [("note", text) for text in plan.hardware.notes]
     rows += [("note", f"{n.optimizer}: {n.because}" if n.optimizer else n.because) for n in _other_notes(plan)]
-    if plan.fits is not False:
-        rows.append(("memory", NOT_ESTIMATED))
+    if plan.fits is not False or plan.estimate.required_bytes is not None:
+        rows += _estimate(plan)
     if plan.rejected:
         rows.append(("rejected" if plan.fits is False else "not taken", _rejected(plan.rejected)))
     return "\n".join(_row(label, text) for label, text in rows)
+
+
+def _estimate(plan: Plan) -> list[tuple[str, str]]:
+    """Return the rows of what a run takes: memory, phase by phase, the host's memory, and time."""
+    taken = plan.estimate
+    if taken.required_bytes is None or taken.peak_allocated_bytes is None:
+        because = next((n.because for n in plan.notes if n.kind == "not_estimated"), None)
+        return [("memory", NOT_ESTIMATED + (f": {because}" if because else ""))]
+    interval = taken.interval
+    span = f" ({format_size(interval.low_bytes or 0)} to {format_size(interval.high_bytes or 0)})"
+    phases = [
+        f"{p.name:<10} {format_size(p.peak_bytes or 0):>10}   weights {format_size(p.weights_bytes or 0)},"
+        f" activations {format_size(p.activation_bytes or 0)}, workspaces {format_size(p.workspace_bytes or 0)}"
+        + (f"; {_seconds(p.seconds)}" if p.seconds is not None else "")
+        for p in taken.phases
+    ]
+    fits = {True: "it fits", False: "it does not fit", None: "the budget is not known"}[plan.fits]
+    rows = [
+        (
+            "memory",
+            f"at most {format_size(taken.peak_allocated_bytes)}{span} in tensors,"
+            f" {format_size(taken.device_bytes or 0)} on the card; at least {format_size(taken.required_bytes)}"
+            f" are needed: {fits}\n" + "\n".join(phases),
+        )
+    ]
+    if taken.host_bytes is not None:
+        pinned = taken.host.pinned_bytes or 0
+        rows.append(
+            (
+                "host",
+                format_size(taken.host_bytes)
+                + (f", of which {format_size(pinned)} pinned" if pinned else "")
+                + (f"; and {format_size(taken.host.file_bytes)} of file pages" if taken.host.file_bytes else ""),
+            )
+        )
+    if taken.seconds is not None:
+        low, high = interval.low_seconds, interval.high_seconds
+        rows.append(
+            (
+                "time",
+                f"about {_seconds(taken.seconds)} ({_seconds(low or 0)} to {_seconds(high or 0)}, not calibrated),"
+                f" and {_seconds(taken.load_seconds or 0)} to load",
+            )
+        )
+    return rows
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.2f} s" if value < 10 else f"{value:.0f} s" if value < 600 else f"{value / 60:.0f} min"
 
 
 def _row(label: str, text: str) -> str:
@@ -81,7 +130,7 @@ def _step(step: Step, notes: tuple[Note, ...]) -> str:
 
 def _other_notes(plan: Plan) -> list[Note]:
     listed = {s.name for s in plan.optimizers}
-    return [n for n in plan.notes if n.optimizer not in listed]
+    return [n for n in plan.notes if n.optimizer not in listed and n.kind != "not_estimated"]
 
 
 def _rejected(rejections: Sequence[Rejection]) -> str:

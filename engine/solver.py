@@ -1,22 +1,23 @@
 """Choose: values in, a decision out.
 
-Until the dry run gives estimates, a profile is chosen by its `match` alone: of those that match, one that asks for
-large pictures goes before one that does not, and then the one that asks for the most free VRAM. What fits is not known,
-and said to be not known.
+Of the profiles that `match`, that obey the request and break no rule, those that fit the card and the host are left;
+of those the fastest is taken. Equal ones go by quality, then by the bytes they leave free, then by fewer steps. Where
+nothing can be estimated the choice is by `match` alone: one for large pictures goes before one that is not, and then
+the one that asks for the most free VRAM; whether it fits is then not known, and said to be not known.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from engine import compat, optimizers
 from engine.errors import IncompatibleError
 from engine.facts.model import Model
 from engine.optimizers import dtype
 from engine.units import format_size
-from engine.values import FrozenDict, Gpu, Note, Profile, Rejection, Request, Step
+from engine.values import Estimate, FrozenDict, Gpu, Note, Profile, Rejection, Request, Step
 from engine.words import listing
 
 _QUALITY = ("exact", "near", "lossy")
@@ -29,6 +30,7 @@ class Decision:
     profile: Profile | None
     steps: tuple[Step, ...]
     fits: bool | None
+    estimate: Estimate
     rejected: tuple[Rejection, ...]
     notes: tuple[Note, ...]
 
@@ -40,6 +42,10 @@ class Situation:
     request: Request
     model: Model
     gpu: Gpu | None
+    estimate: Callable[[Sequence[Step]], Estimate] = field(default=lambda steps: Estimate())
+    """What a run under these steps takes; fields that are not known are None."""
+    budget_bytes: int | None = None
+    host_budget_bytes: int | None = None
 
     @property
     def device(self) -> str:
@@ -61,7 +67,16 @@ def exact(situation: Situation, steps: Sequence[Step]) -> Decision:
             *notes,
             Note(kind="default", optimizer="dtype", because="no dtype was listed: float32, as the library loads"),
         )
-    return Decision(profile=None, steps=settled, fits=None, rejected=(), notes=notes)
+    taken = situation.estimate(settled)
+    short = _short(taken, situation)
+    return Decision(
+        profile=None,
+        steps=settled,
+        fits=None if taken.required_bytes is None else short is None,
+        estimate=taken,
+        rejected=() if short is None else (_does_not_fit("exact list", settled, short),),
+        notes=notes,
+    )
 
 
 def choose(situation: Situation, profiles: Sequence[Profile]) -> Decision:
@@ -80,22 +95,97 @@ def choose(situation: Situation, profiles: Sequence[Profile]) -> Decision:
             suitable.append((profile, steps, found))
         else:
             rejected.append(reason)
-    if not suitable:
-        return Decision(profile=None, steps=(), fits=False, rejected=tuple(rejected), notes=())
-    best = max(suitable, key=lambda s: _rank(s[0]))
-    rejected += [_passed_over(p, s, best[0]) for p, s, _ in suitable if p is not best[0]]
-    profile, steps, found = best
+    candidates = [_Candidate(p, s, f, situation.estimate(s)) for p, s, f in suitable]
+    fitting = []
+    for candidate in candidates:
+        short = _short(candidate.estimate, situation)
+        if short is None:
+            fitting.append(candidate)
+        else:
+            rejected.append(_does_not_fit(candidate.profile.name, candidate.steps, short))
+    if not fitting:
+        return Decision(profile=None, steps=(), fits=False, estimate=Estimate(), rejected=tuple(rejected), notes=())
+    is_estimated = all(c.estimate.required_bytes is not None for c in fitting)
+    is_timed = is_estimated and all(c.estimate.seconds is not None for c in fitting)
+    best = min(fitting, key=_cost) if is_timed else max(fitting, key=lambda c: _rank(c.profile))
+    rejected += [_passed_over(c, best, is_timed) for c in fitting if c is not best]
     return Decision(
-        profile=profile,
-        steps=steps,
-        fits=None,
+        profile=best.profile,
+        steps=best.steps,
+        fits=True if is_estimated else None,
+        estimate=best.estimate,
         rejected=tuple(rejected),
-        notes=(*_changes(profile, steps, situation.request), *_notes(found, steps)),
+        notes=(*_changes(best.profile, best.steps, situation.request), *_notes(best.findings, best.steps)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    profile: Profile
+    steps: tuple[Step, ...]
+    findings: tuple[compat.Finding, ...]
+    estimate: Estimate
+
+
+def _cost(candidate: _Candidate) -> tuple[float, int, int, int]:
+    taken = candidate.estimate
+    # A hundredth of a second decides nothing: within it quality and room do.
+    return (
+        round(taken.seconds or 0.0, 2),
+        _QUALITY.index(taken.quality or "exact"),
+        taken.required_bytes or 0,
+        len(candidate.steps),
     )
 
 
 def _rank(profile: Profile) -> tuple[int, int]:
     return profile.match.pixels_at_least or 0, profile.match.free_vram_at_least_bytes or 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Short:
+    """What is too small for a run, and by how much."""
+
+    rule: str
+    bytes: int
+    because: str
+    remedy: str
+
+
+def _short(taken: Estimate, situation: Situation) -> _Short | None:
+    """Return what a run is short of, or None where it fits, or where it is not known."""
+    budget, ram = situation.budget_bytes, situation.host_budget_bytes
+    if taken.required_bytes is not None and budget is not None and taken.required_bytes > budget:
+        over = taken.required_bytes - budget
+        phase = max(taken.phases, key=lambda p: p.peak_bytes or 0).name if taken.phases else "the run"
+        return _Short(
+            "estimate.device",
+            over,
+            f"{phase} needs {format_size(taken.required_bytes)} on the card, the budget is {format_size(budget)}:"
+            f" {format_size(over)} short",
+            f"free {format_size(over)} on the card, ask for a smaller picture, or offload more",
+        )
+    if taken.host_bytes is not None and ram is not None and taken.host_bytes > ram:
+        over = taken.host_bytes - ram
+        return _Short(
+            "estimate.host",
+            over,
+            f"it needs {format_size(taken.host_bytes)} of host memory, {format_size(ram)} are available:"
+            f" {format_size(over)} short",
+            f"free {format_size(over)} of host memory, or keep more on the card",
+        )
+    return None
+
+
+def _does_not_fit(name: str, steps: tuple[Step, ...], short: _Short) -> Rejection:
+    return Rejection(
+        profile=name,
+        optimizers=steps,
+        rule=short.rule,
+        short_bytes=short.bytes,
+        because=short.because,
+        remedy=short.remedy,
+    )
 
 
 def _settle(steps: Sequence[Step], situation: Situation) -> tuple[Step, ...]:
@@ -226,12 +316,20 @@ def _rule(profile: Profile, steps: tuple[Step, ...], found: Sequence[compat.Find
     return _rejection(profile, steps, broken.rule.id, f"{broken.sentence}: {broken.rule.because}", broken.rule.remedy)
 
 
-def _passed_over(profile: Profile, steps: tuple[Step, ...], chosen: Profile) -> Rejection:
-    if (chosen.match.pixels_at_least or 0) > (profile.match.pixels_at_least or 0):
-        because = f"{chosen.name} is made for pictures of this size"
+def _passed_over(left: _Candidate, chosen: _Candidate, is_timed: bool) -> Rejection:
+    profile, best = left.profile, chosen.profile
+    slower = (left.estimate.seconds or 0.0) - (chosen.estimate.seconds or 0.0)
+    if is_timed and slower > 0:
+        because = (
+            f"it fits, and takes {left.estimate.seconds:.2f} s where {best.name} takes {chosen.estimate.seconds:.2f}"
+        )
+    elif is_timed:
+        because = f"it fits, and {best.name} is as fast, and no worse"
+    elif (best.match.pixels_at_least or 0) > (profile.match.pixels_at_least or 0):
+        because = f"{best.name} is made for pictures of this size"
     else:
-        because = f"{chosen.name} asks for more free VRAM, and it is there"
-    return _rejection(profile, steps, "preferred", because, f"--profile {profile.name} takes it all the same")
+        because = f"{best.name} asks for more free VRAM, and it is there"
+    return _rejection(profile, left.steps, "preferred", because, f"--profile {profile.name} takes it all the same")
 
 
 def _changes(profile: Profile, steps: Sequence[Step], request: Request) -> tuple[Note, ...]:

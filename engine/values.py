@@ -191,6 +191,8 @@ class Request:
     steps: int | None = None
     guidance: float | None = None
     call: Mapping[str, Any] = field(default_factory=FrozenDict)
+    components: Mapping[str, None] = field(default_factory=FrozenDict)
+    """Components that are left out of the pipeline, by name."""
     device: str | None = None
     gpu: str | None = None
     vram_bytes: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from dataclasses import dataclass
+from functools import cache
 
 from engine.version import __version__
 
@@ -26,8 +27,9 @@ OTHERS = ("safetensors", "huggingface-hub", "nvidia-ml-py", "jsonschema", "pyyam
 OPTIONAL = {"xfuser": "pip install 'dg-run[xdit]' (Linux, for several cards)"}
 
 
+@cache
 def installed(name: str) -> str | None:
-    """Return a distribution's version, or None when it is not installed."""
+    """Return a distribution's version, or None when it is not installed: as it was when first asked in this process."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

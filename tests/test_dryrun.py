@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from engine import facts, replay
+from engine import facts
 from engine.dryrun import build, record, twins
 from engine.dryrun.follow import Follower
-from engine.trace import Event, Trace
+from engine.estimate import placements, stream
+from engine.estimate.trace import Event, Trace
 from engine.units import GIB, MIB
 from tests import tiny
 
@@ -23,7 +24,7 @@ def real(pipe: Any, call: dict[str, Any]) -> Trace:
     """Return the trace of a real run on the CPU under the same follower."""
     modules = {n: c for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
     follower = Follower("cpu", [t for m in modules.values() for t in (*m.parameters(), *m.buffers())])
-    with torch.no_grad(), record.marked(modules, follower), follower:
+    with torch.no_grad(), record.marked(modules, follower), record.steps_marked(pipe, follower), follower:
         pipe(**call)
     return record.trace(pipe, modules, follower)
 
@@ -38,17 +39,20 @@ def dry(pipe: Any, call: dict[str, Any], target: str = "cpu") -> Trace:
     return record.record(pipe, call, target)
 
 
-def story(events: tuple[Event, ...]) -> list[tuple[str, str, int]]:
-    """Return what happened, storages by size and the small ones left out."""
-    size = {e.number: e.size_bytes for e in events if e.kind == "+"}
+def story(trace: Trace) -> list[tuple[str, str, int]]:
+    """Return what happened, storages by size and the small ones left out.
+
+    What dies between two other events dies there in no order that memory could show: those are sorted.
+    """
     told: list[tuple[str, str, int]] = []
-    for event in events:
-        if event.kind in "+-":
-            if size[event.number] > SMALL_BYTES:
-                told.append((event.kind, "", size[event.number]))
-        else:
-            told.append((event.kind, event.name, 0))
-    return told
+    dead: list[tuple[str, str, int]] = []
+    for event in trace.told():
+        if event.sign == "-":
+            dead += [(event.sign, "", event.size_bytes)] * (event.size_bytes > SMALL_BYTES)
+        elif event.sign != "*" and not (event.sign == "+" and event.size_bytes <= SMALL_BYTES):
+            told += [*sorted(dead), (event.sign, event.name, event.size_bytes)]
+            dead.clear()
+    return told + sorted(dead)
 
 
 def first_difference(left: list[Any], right: list[Any]) -> str:
@@ -61,8 +65,8 @@ def first_difference(left: list[Any], right: list[Any]) -> str:
 @pytest.mark.parametrize("name", tiny.ALL)
 def test_a_dry_run_holds_what_a_real_run_holds_event_by_event(name: str) -> None:
     pipe, call = tiny.made(name)
-    truth = story(real(pipe, call).events)
-    told = story(dry(pipe, call).events)
+    truth = story(real(pipe, call))
+    told = story(dry(pipe, call))
     assert len(truth) > 500
     assert told == truth, first_difference(truth, told)
 
@@ -108,6 +112,12 @@ def test_a_picture_without_values_leaves_the_device_as_zeros_that_take_no_memory
     assert not picture.any()
 
 
+def events(follower: Follower) -> list[Event]:
+    """Return what a follower saw of storages."""
+    seen = Trace(pipeline_class="", components=(), offload_chain=(), offload_excluded=(), **follower.builder.tables())
+    return [e for e in seen.told() if e.sign in "+-"]
+
+
 def test_a_storage_is_born_once_and_dies_once() -> None:
     with torch.no_grad(), Follower("meta") as follower:
         one = torch.empty(1000, device="meta")
@@ -116,8 +126,7 @@ def test_a_storage_is_born_once_and_dies_once() -> None:
         del one
         two.fill_(0)
         del two, three
-    births = [(e.kind, e.size_bytes) for e in follower.finish()]
-    assert births == [("+", 4000), ("+", 4000), ("-", 0), ("-", 0)]
+    assert [(e.sign, e.size_bytes) for e in events(follower)] == [("+", 4000), ("+", 4000), ("-", 4000), ("-", 4000)]
 
 
 @pytest.fixture(scope="module")
@@ -137,21 +146,21 @@ def test_full_size_weights_are_counted_to_the_byte(flux_trace: Trace) -> None:
 
 def test_a_full_size_run_peaks_where_it_was_measured_to_without_workspaces(flux_trace: Trace) -> None:
     """Published: 33.851 GiB, of which about 0.92 are the VAE's convolution workspaces and layout copies."""
-    peaks = replay.peaks(flux_trace, replay.Resident(flux_trace))
+    peaks = stream.peaks(stream.build(flux_trace, placements.Resident(flux_trace)))
     best = max(peaks, key=lambda p: p.peak_bytes)
     assert best.name == "decode"
     assert best.peak_bytes / GIB == pytest.approx(32.93, abs=0.005)
-    assert [p.name for p in peaks] == ["start", "encode", "denoise", "decode"]
+    assert [p.name for p in peaks] == ["load", "encode", "denoise", "decode"]
 
 
 def test_offloads_of_a_full_size_model_need_less_and_less(flux_trace: Trace) -> None:
-    placements = [
-        replay.Resident(flux_trace),
-        replay.ModelOffload(flux_trace),
-        replay.GroupOffload(flux_trace, block_level=True),
-        replay.SequentialOffload(flux_trace),
+    each = [
+        placements.Resident(flux_trace),
+        placements.ModelOffload(flux_trace),
+        placements.GroupOffload(flux_trace, block_level=True),
+        placements.SequentialOffload(flux_trace),
     ]
-    sizes = [replay.peak_bytes(flux_trace, p) for p in placements]
+    sizes = [stream.peak_bytes(stream.peaks(stream.build(flux_trace, p))) for p in each]
     assert sizes == sorted(sizes, reverse=True)
     transformer = sum(w.size_bytes for w in flux_trace.component("transformer").weights())
     assert sizes[1] > transformer  # one component at a time is no less than the largest
@@ -164,7 +173,7 @@ def test_what_is_still_there_when_the_next_encoder_comes_counts() -> None:
     pipe = build.pipeline(model, torch.float16)
     call = {"prompt": "x", "height": 1024, "width": 1024, "num_inference_steps": 1, "output_type": "np"}
     found = record.record(pipe, call, "cuda")
-    best = max(replay.peaks(found, replay.ModelOffload(found)), key=lambda p: p.peak_bytes)
+    best = max(stream.peaks(stream.build(found, placements.ModelOffload(found))), key=lambda p: p.peak_bytes)
     assert best.name == "encode"
     assert best.peak_bytes / GIB == pytest.approx(12.06, abs=0.01)
 
@@ -176,9 +185,8 @@ def most_at_once(target: str, function: Any, *inputs: torch.Tensor) -> int:
     with torch.no_grad(), Target(target), Follower("meta", inputs) as follower:
         kept = function(*inputs)
     live = most = 0
-    sizes = {e.number: e.size_bytes for e in follower.finish() if e.kind == "+"}
-    for event in follower.events:
-        live += sizes[event.number] if event.kind == "+" else -sizes[event.number]
+    for event in events(follower):
+        live += event.size_bytes if event.sign == "+" else -event.size_bytes
         most = max(most, live)
     del kept
     return most

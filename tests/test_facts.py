@@ -11,7 +11,7 @@ import pytest
 
 from engine import facts, paths
 from engine.errors import ModelError
-from engine.facts import catalogue, integrity
+from engine.facts import catalogue, directory, integrity
 
 
 @pytest.fixture
@@ -152,3 +152,104 @@ def test_a_model_in_the_hub_cache_is_found_by_its_name(tmp_path: Path, monkeypat
     assert (model.id, model.source, model.revision) == ("someone/tiny", "cache", commit)
     (repository / "refs" / "main").write_text("../../../..", encoding="ascii")
     assert "is not on this machine" in refusal("someone/tiny")
+
+
+def tensors(**dtypes: str) -> bytes:
+    """Return a safetensors file with tensors of four bytes, in these dtypes."""
+    entries = {
+        n: {"dtype": d, "shape": [1], "data_offsets": [4 * i, 4 * i + 4]} for i, (n, d) in enumerate(dtypes.items())
+    }
+    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(4 * len(entries))
+
+
+@pytest.mark.parametrize(
+    ("files", "dtype", "variants"),
+    [
+        ({"diffusion_pytorch_model.safetensors": tensors(a="BF16", b="BF16", ids="I64")}, "bfloat16", ()),
+        ({"diffusion_pytorch_model.safetensors": tensors(a="F32")}, "float32", ()),
+        ({"model.safetensors": tensors(a="F8_E4M3")}, "float8_e4m3fn", ()),
+        ({"model.safetensors": tensors(a="F16", b="F32")}, None, ()),
+        # Quantized: bytes, with scales beside them that say nothing of the bytes.
+        ({"model.safetensors": tensors(a="U8", scale="F32")}, None, ()),
+        (
+            {
+                "model-00001-of-00002.safetensors": tensors(a="F16"),
+                "model-00002-of-00002.safetensors": tensors(b="F16"),
+                "model.fp16-00001-of-00001.safetensors": b"not opened",
+                "model-00001-of-00001.bf16.safetensors": b"not opened",
+                "model.non_ema.safetensors": b"not opened",
+                "unrelated.safetensors": b"not opened",
+            },
+            "float16",
+            ("bf16", "fp16", "non_ema"),
+        ),
+        (
+            {
+                "model-00001-of-00002.safetensors": tensors(a="F16"),
+                "model-00002-of-00002.safetensors": tensors(b="F32"),
+            },
+            None,
+            (),
+        ),
+    ],
+)
+def test_the_dtype_of_weights_is_read_from_their_headers(
+    folder: Path, files: dict[str, bytes], dtype: str | None, variants: tuple[str, ...]
+) -> None:
+    for old in (folder / "vae").glob("*.safetensors"):
+        old.unlink()
+    for name, content in files.items():
+        (folder / "vae" / name).write_bytes(content)
+    vae = facts.find(str(folder)).components["vae"]
+    assert (vae.stored_dtype, vae.variants) == (dtype, variants)
+
+
+@pytest.mark.parametrize(
+    ("said", "dtype"),
+    [
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": "float16"}, "float16"),
+        ({"torch_dtype": "torch.float32"}, "float32"),
+        ({"torch_dtype": "auto"}, None),
+        ({"dtype": {"text_config": "bfloat16"}}, None),
+        ({}, None),
+    ],
+)
+def test_without_weights_the_configuration_says_their_dtype(
+    folder: Path, said: dict[str, object], dtype: str | None
+) -> None:
+    place = folder / "text_encoder"
+    config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+    del config["dtype"]
+    (place / "config.json").write_text(json.dumps(config | said), encoding="utf-8")
+    # What git leaves when the weights were not fetched is as good as none: a plan needs no weights.
+    (place / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    model = facts.find(str(folder))
+    assert model.components["text_encoder"].stored_dtype == dtype
+    with pytest.raises(ModelError, match="git lfs pull"):
+        integrity.check(model)
+
+
+def test_the_catalogue_knows_in_which_dtype_weights_are_stored() -> None:
+    stored = {n: c.stored_dtype for n, c in facts.find("black-forest-labs/FLUX.1-dev").components.items()}
+    assert (stored["transformer"], stored["text_encoder_2"], stored["scheduler"]) == ("bfloat16", "bfloat16", None)
+    # Of every component that has weights.
+    for name in catalogue.ids():
+        for part, component in facts.find(name).components.items():
+            if not component.cls.endswith((*directory.WITHOUT_CONFIG, "Scheduler", "Guidance")):
+                assert component.stored_dtype in ("float32", "float16", "bfloat16"), (name, part)
+
+
+def test_a_safety_checker_is_found_where_its_pipeline_keeps_it(folder: Path) -> None:
+    """A model_index.json names the folder of the pipeline as the library."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    index["vae"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    checker = facts.find(str(folder)).components["vae"]
+    assert (checker.library, checker.module) == ("diffusers", "diffusers.pipelines.stable_diffusion")
+
+
+def test_a_component_without_its_configuration(folder: Path) -> None:
+    (folder / "vae" / "config.json").unlink()
+    assert "the configuration of its component 'vae' (AutoencoderKL) is missing" in refusal(folder)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from engine import replay
-from engine.trace import Event, Trace, TracedComponent, TracedModule, Weight
-
-BIRTH, DEATH = "+", "-"
+from engine.estimate import placements, stream
+from engine.estimate.trace import Builder, Trace, TracedComponent, TracedModule, Weight
 
 
 def module(path: str, *sizes: int, buffers: tuple[int, ...] = (), saved: bool = True) -> TracedModule:
@@ -25,21 +23,22 @@ def component(name: str, *modules: TracedModule, blocks: tuple[tuple[str, ...], 
     return TracedComponent(name=name, modules=modules, blocks=blocks)
 
 
-def run(*path: str) -> list[Event]:
+def run(*path: str) -> Builder:
     """Return the events of nested modules in order: "a" begins, "/a" ends, a number is an activation's size."""
-    events, count, alive = [], 0, {}
+    made = Builder()
+    alive: dict[str, int] = {}
     for step in path:
         if step.isdecimal():
-            count += 1
-            alive[step] = count
-            events.append(Event("+", number=count, size_bytes=int(step)))
+            alive[step] = made.born(int(step))
         elif step.startswith("-"):
-            events.append(Event("-", number=alive.pop(step[1:])))
+            made.died(alive.pop(step[1:]))
         elif step.startswith("="):
-            events.append(Event("=", step[1:]))
+            made.phase(step[1:])
+        elif step.startswith("/"):
+            made.end(step[1:])
         else:
-            events.append(Event("<", step[1:]) if step.startswith("/") else Event(">", step))
-    return events
+            made.begin(step)
+    return made
 
 
 def trace(components: list[TracedComponent], *path: str, excluded: tuple[str, ...] = ()) -> Trace:
@@ -48,7 +47,7 @@ def trace(components: list[TracedComponent], *path: str, excluded: tuple[str, ..
         components=tuple(components),
         offload_chain=tuple(c.name for c in components if c.name not in excluded),
         offload_excluded=excluded,
-        events=tuple(run(*path)),
+        **run(*path).tables(),
     )
 
 
@@ -61,15 +60,23 @@ LAST = ("=decode", "vae", "vae.a", "60", "/vae.a", "/vae", "-60", "-5")
 WHOLE = (*ONCE, "=denoise", *STEP, *STEP, *LAST)
 
 
-def by_phase(toy: Trace, placement: replay.Placement) -> dict[str, int]:
-    return {p.name: p.peak_bytes for p in replay.peaks(toy, placement)}
+def by_phase(toy: Trace, placement: placements.Placement, granule_bytes: int = 1) -> dict[str, int]:
+    return {p.name: p.peak_bytes for p in stream.peaks(stream.build(toy, placement), granule_bytes)}
+
+
+def most(toy: Trace, placement: placements.Placement, granule_bytes: int = 1) -> int:
+    return max(by_phase(toy, placement, granule_bytes).values())
+
+
+def kept(placement: placements.Placement) -> int:
+    return placement.bytes_of(placement.resident())
 
 
 def test_resident() -> None:
     toy = trace([TEXT, NET, VAE], *WHOLE)
     weights = 100 + 3010 + 300
-    assert by_phase(toy, replay.Resident(toy, 1)) == {
-        "start": weights,
+    assert by_phase(toy, placements.Resident(toy)) == {
+        "load": weights,
         "encode": weights + 5,
         "denoise": weights + 5 + 47,
         "decode": weights + 5 + 60,
@@ -78,15 +85,15 @@ def test_resident() -> None:
 
 def test_model_offload_frees_the_predecessor_before_the_next_comes() -> None:
     toy = trace([TEXT, NET, VAE], *WHOLE)
-    found = by_phase(toy, replay.ModelOffload(toy, 1))
-    assert found == {"start": 0, "encode": 105, "denoise": 3010 + 5 + 47, "decode": 3015}
+    found = by_phase(toy, placements.ModelOffload(toy))
+    assert found == {"load": 0, "encode": 105, "denoise": 3010 + 5 + 47, "decode": 3015}
 
 
 def test_model_offload_keeps_what_is_not_the_direct_predecessor() -> None:
     """Image to image: the VAE encodes while the text encoder is there, and both the VAE and the net stay to the end."""
     first = ("vae", "vae.a", "/vae.a", "/vae")
     toy = trace([TEXT, NET, VAE], *ONCE, "=encode.2", *first, "=denoise", *STEP, *LAST)
-    found = by_phase(toy, replay.ModelOffload(toy, 1))
+    found = by_phase(toy, placements.ModelOffload(toy))
     assert found["encode.2"] == 100 + 300 + 5
     assert found["denoise"] == 300 + 3010 + 5 + 47
 
@@ -94,14 +101,14 @@ def test_model_offload_keeps_what_is_not_the_direct_predecessor() -> None:
 def test_an_excluded_component_is_there_for_good() -> None:
     checker = component("checker", module("checker.a", 50))
     toy = trace([TEXT, NET, VAE, checker], *WHOLE, excluded=("checker",))
-    assert by_phase(toy, replay.ModelOffload(toy, 1))["encode"] == 100 + 5 + 50
-    assert by_phase(toy, replay.SequentialOffload(toy, 1))["encode"] == 100 + 5 + 50 + 10
+    assert by_phase(toy, placements.ModelOffload(toy))["encode"] == 100 + 5 + 50
+    assert by_phase(toy, placements.SequentialOffload(toy))["encode"] == 100 + 5 + 50 + 10
 
 
 def test_sequential_offload_fetches_layer_by_layer_and_keeps_buffers() -> None:
     toy = trace([TEXT, NET, VAE], *WHOLE)
-    assert by_phase(toy, replay.SequentialOffload(toy, 1)) == {
-        "start": 10,
+    assert by_phase(toy, placements.SequentialOffload(toy)) == {
+        "load": 10,
         "encode": 10 + 100 + 5,
         "denoise": 10 + 2000 + 5 + 47,
         "decode": 10 + 300 + 5 + 60,
@@ -111,24 +118,24 @@ def test_sequential_offload_fetches_layer_by_layer_and_keeps_buffers() -> None:
 def test_sequential_offload_fetches_buffers_of_a_component_that_owns_parameters() -> None:
     net = component("net", module("net", 4), module("net.b", 20, buffers=(7,)))
     toy = trace([net], "net", "net.b", "/net.b", "/net")
-    assert replay.peaks(toy, replay.SequentialOffload(toy, 1))[0].peak_bytes == 4 + 20 + 7
-    kept = component("net", module("net", 4), module("net.b", 20, buffers=(7,), saved=False))
-    toy = trace([kept], "net", "net.b", "/net.b", "/net")
-    assert replay.SequentialOffload(toy, 1).resident() == 7
+    assert most(toy, placements.SequentialOffload(toy)) == 4 + 20 + 7
+    net = component("net", module("net", 4), module("net.b", 20, buffers=(7,), saved=False))
+    toy = trace([net], "net", "net.b", "/net.b", "/net")
+    assert kept(placements.SequentialOffload(toy)) == 7
 
 
 def test_a_leaf_group_is_a_modules_own_weights() -> None:
     toy = trace([TEXT, NET, VAE], *WHOLE)
-    found = by_phase(toy, replay.GroupOffload(toy, 1, use_stream=False))
+    found = by_phase(toy, placements.GroupOffload(toy, use_stream=False))
     assert found["denoise"] == 2010 + 5 + 47
 
 
 def test_with_a_stream_the_next_group_comes_early_from_the_second_forward_on() -> None:
     first = trace([NET], *STEP)
-    assert replay.peak_bytes(first, replay.GroupOffload(first, 1)) == 2010 + 47
+    assert most(first, placements.GroupOffload(first)) == 2010 + 47
     twice = trace([NET], *STEP, *STEP)
     # The first group is there with its successor while it computes: 1000 + 2010 + the activation of 40.
-    assert replay.peak_bytes(twice, replay.GroupOffload(twice, 1)) == 1000 + 2010 + 40
+    assert most(twice, placements.GroupOffload(twice)) == 1000 + 2010 + 40
 
 
 BLOCKS = component(
@@ -155,24 +162,24 @@ def forward() -> tuple[str, ...]:
 )
 def test_blocks_come_in_groups(blocks_per_group: int, use_stream: bool, forwards: int, largest: int) -> None:
     toy = trace([BLOCKS], *(forward() * forwards))
-    placement = replay.GroupOffload(toy, 1, block_level=True, use_stream=use_stream, blocks_per_group=blocks_per_group)
+    placement = placements.GroupOffload(toy, block_level=True, use_stream=use_stream, blocks_per_group=blocks_per_group)
     # What is in no list is there for the whole forward, its modules' buffers twice.
-    assert replay.peak_bytes(toy, placement) == 30 + 2 * 6 + largest
+    assert most(toy, placement) == 30 + 2 * 6 + largest
 
 
 def test_at_block_level_the_vae_is_resident() -> None:
     toy = trace([NET, VAE], *STEP)
-    assert replay.GroupOffload(toy, 1, block_level=True).resident() == 300
+    assert kept(placements.GroupOffload(toy, block_level=True)) == 300
 
 
 def test_tied_weights_count_once_where_they_are_one_storage_and_twice_where_each_owner_fetches_its_own() -> None:
     tied = Weight(name="w", storage=1, size_bytes=100, is_buffer=False)
     text = component("text", TracedModule(path="text.a", weights=(tied,)), TracedModule(path="text.b", weights=(tied,)))
     toy = trace([text], "text", "text.a", "text.b", "/text.b", "/text.a", "/text")
-    assert replay.peak_bytes(toy, replay.Resident(toy, 1)) == 100
-    assert replay.peak_bytes(toy, replay.SequentialOffload(toy, 1)) == 200
+    assert most(toy, placements.Resident(toy)) == 100
+    assert most(toy, placements.SequentialOffload(toy)) == 200
 
 
 def test_sizes_are_rounded_as_the_allocator_rounds_them() -> None:
     toy = trace([TEXT], "text", "text.a", "513", "/text.a", "/text")
-    assert replay.peak_bytes(toy, replay.Resident(toy)) == 512 + 1024
+    assert most(toy, placements.Resident(toy), 512) == 512 + 1024

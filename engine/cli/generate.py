@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from engine.errors import HardwareError, UsageError
 from engine.plan import Plan
 from engine.run.generate import MAX_SEED
 from engine.units import format_size
+from engine.values import Note
 from engine.words import listing
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ def parser() -> options.Parser:
     )
     options.add_job(made)
     options.add_request(made)
+    made.add_argument("--force", action="store_true", help="run a list that is not expected to fit all the same")
     made.add_argument("--debug", action="store_true", help="show the libraries' own notices, and tracebacks")
     made.add_argument("--version", action="version", version=f"dg-run {engine.__version__}")
     return made
@@ -60,7 +63,23 @@ def run(arguments: list[str]) -> int:
         raise UsageError(f"the seed is {given.seed}", f"it must lie between 0 and {MAX_SEED}")
     guide = options.constraints(given) if given.auto else options.exact(given)
     wanted = options.request(given)
-    return _draw(lambda: engine.resolve(**wanted, **guide), given.prompt, given.seed, given.output, debug=given.debug)
+    if given.auto and given.force:
+        raise UsageError("--force is for a list of your own", "with --auto only what fits is chosen", "leave one out")
+
+    def planned() -> Plan:
+        plan = engine.resolve(**wanted, **guide, told=lambda line: print(line, file=sys.stderr, flush=True))
+        return _forced(plan) if given.force else plan
+
+    return _draw(planned, given.prompt, given.seed, given.output, debug=given.debug)
+
+
+def _forced(plan: Plan) -> Plan:
+    """Return a plan that runs although it is not expected to fit."""
+    if plan.fits is not False:
+        return plan
+    because = f"it is not expected to fit, and runs since you insist: {plan.rejected[0].because}"
+    note = Note(kind="forced", optimizer=None, because=because)
+    return dataclasses.replace(plan, fits=None, rejected=(), notes=(*plan.notes, note))
 
 
 def _draw(planned: Callable[[], Plan], prompt: str, seed: int | None, place: Path | None, *, debug: bool) -> int:
@@ -85,7 +104,9 @@ def _draw(planned: Callable[[], Plan], prompt: str, seed: int | None, place: Pat
         told.say(f"seed {picture.info['seed']}, plan {plan.digest[:14]}")
         print(path)
     if (peak := device.peak_allocated_bytes(plan.torch_device)) is not None:
-        told.say(f"measured peak {format_size(peak)} allocated (this version predicts none)")
+        predicted = plan.estimate.peak_allocated_bytes
+        beside = "none was predicted" if predicted is None else f"predicted {format_size(predicted)}"
+        told.say(f"measured peak {format_size(peak)} allocated, {beside}")
     return 0
 
 

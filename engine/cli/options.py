@@ -108,7 +108,7 @@ def _add_sizes(parser: Parser) -> None:
         "--model",
         "--model_name",
         metavar="ID|DIR",
-        help="a directory, or OWNER/MODEL on the hub (default: the embedded model)",
+        help="a directory, or OWNER/MODEL[@REVISION] on the hub (default: the embedded model)",
     )
     group.add_argument("--height", type=whole, metavar="PX")
     group.add_argument("--width", type=whole, metavar="PX")
@@ -178,9 +178,7 @@ def _add_choice(parser: Parser) -> None:
         default="near",
         help="how far the picture may differ from the plain pipeline's (default: near)",
     )
-    group.add_argument(
-        "--prefer", choices=PREFERENCES, default="speed", help="kept in the plan; decides once plans have estimates"
-    )
+    group.add_argument("--prefer", choices=PREFERENCES, default="speed", help="kept in the plan; decides nothing yet")
 
 
 def request(options: argparse.Namespace) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import engine
-from engine.cli import options
+from engine.cli import options, requests
 from engine.errors import NothingFitsError, UsageError
 
 
@@ -17,6 +20,13 @@ def parser() -> options.Parser:
     )
     made.add_argument("--exact", action="store_true", help="the listed optimizers are the whole list; choose nothing")
     made.add_argument("--json", action="store_true", help="print the plan as JSON (schema/plan.schema.json)")
+    made.add_argument(
+        "--requests",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="answer many requests, one JSON a line (docs/reference.md); takes no other option",
+    )
+    made.add_argument("--timeline", type=Path, metavar="FILE.svg", help="draw the card's memory over the run")
     options.add_job(made)
     options.add_request(made)
     made.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -28,8 +38,16 @@ def run(arguments: list[str]) -> int:
     given = parser().read(arguments)
     if given.auto and given.exact:
         raise UsageError("--auto and --exact contradict each other", do="leave one of them out")
+    if given.requests is not None:
+        if len(arguments) > 2 + given.debug:
+            raise UsageError(
+                "--requests takes no other option", "each line says all of its request", "leave the rest out"
+            )
+        return requests.answer_all(given.requests)
     plan = engine.resolve(
-        **options.request(given), **(options.exact(given) if given.exact else options.constraints(given))
+        **options.request(given),
+        **(options.exact(given) if given.exact else options.constraints(given)),
+        told=lambda line: print(line, file=sys.stderr, flush=True),
     )
     print(plan.to_json() if given.json else plan.explain())
     return NothingFitsError.exit_code if plan.fits is False else 0

@@ -8,6 +8,7 @@ import inspect
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from engine.dryrun import pictures, stand_ins, twins
 from engine.dryrun.tokens import StubImageProcessor, StubTokenizer, StubVisionProcessor, Vision
@@ -16,6 +17,11 @@ from engine.facts.model import Component, Model
 
 _NOTES = "_dg_notes"
 _CLIP_POSITIONS, _USUAL_POSITIONS = 77, 512
+# What classes raise on a configuration that is not theirs, or not a model's, is not one class.
+_UNBUILDABLE = (
+    *(TypeError, ValueError, LookupError, AttributeError, NameError, ArithmeticError, RuntimeError),
+    *(ImportError, OSError, AssertionError, MemoryError, StrictDataclassError),
+)
 
 
 def pipeline(model: Model, dtype: torch.dtype) -> Any:
@@ -25,8 +31,8 @@ def pipeline(model: Model, dtype: torch.dtype) -> Any:
     """
     import diffusers
 
-    cls = getattr(diffusers, model.pipeline_class, None)
-    if cls is None:
+    cls = _class(diffusers, model.pipeline_class)
+    if cls is None or not issubclass(cls, diffusers.DiffusionPipeline):
         raise ModelError(
             f"diffusers has no pipeline {model.pipeline_class}",
             f"installed is {diffusers.__version__}",
@@ -73,9 +79,10 @@ def _component(model: Model, name: str, part: Component, dtype: torch.dtype) -> 
         return StubTokenizer(_CLIP_POSITIONS if "CLIP" in part.cls else _USUAL_POSITIONS)
     library: Any = {"diffusers": diffusers, "transformers": transformers}.get(part.library)
     if library is not None and part.module is not None and part.module.partition(".")[0] == part.library:
-        library = importlib.import_module(part.module)
-    cls = getattr(library, part.cls, None)
-    if cls is None:
+        library = _module(part.module)
+    cls = _class(library, part.cls)
+    # A class of another package that a library happens to import is not the library's.
+    if cls is None or cls.__module__.partition(".")[0] != part.library:
         raise ModelError(
             f"{model.id}: its component {name} is a {part.library}.{part.cls}, which is not installed",
             "a dry run builds components from their classes",
@@ -83,11 +90,13 @@ def _component(model: Model, name: str, part: Component, dtype: torch.dtype) -> 
         )
     try:
         if not issubclass(cls, torch.nn.Module):
-            return cls.from_config(dict(part.config)) if hasattr(cls, "from_config") else None
+            if not issubclass(cls, diffusers.ConfigMixin):
+                raise TypeError(f"{part.cls} is no part of a pipeline: neither a module nor configured")
+            return cls.from_config(dict(part.config))
         with torch.device("meta"):
             is_configured = part.library == "diffusers" and hasattr(cls, "from_config")
             made = cls.from_config(dict(part.config)) if is_configured else cls(_transformers_config(part))
-    except (TypeError, ValueError, KeyError, RuntimeError, AttributeError) as error:
+    except _UNBUILDABLE as error:
         raise ModelError(
             f"{model.id}: its component {name} ({part.cls}) cannot be built from its configuration",
             " ".join(str(error).split())[:300],
@@ -97,6 +106,23 @@ def _component(model: Model, name: str, part: Component, dtype: torch.dtype) -> 
     if part.cls.endswith("SafetyChecker"):
         _let_everything_pass(made)
     return made
+
+
+def _class(library: Any, name: str) -> Any:
+    """Return a library's class, or None. A module or a function that is called so is refused with the rest."""
+    try:
+        found = getattr(library, name, None)
+    except (ImportError, RuntimeError):  # there, and needing a package that is not
+        return None
+    return found if inspect.isclass(found) else None
+
+
+def _module(name: str) -> Any:
+    """Return a module of a library; None, when this version of it has none. `facts` lets no other names through."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        return None
 
 
 def _let_everything_pass(checker: torch.nn.Module) -> None:

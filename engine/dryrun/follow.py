@@ -1,22 +1,24 @@
 """Follow storages: a dispatch mode under which real code runs, on meta tensors or real ones, and every byte is seen.
 
 Each operator's outputs are looked at below autograd, where composite operators have been taken apart. A storage that
-was not seen before is born there; it dies when nothing refers to it any more, which is noticed at the next event. What
-is recorded is the order of births and deaths, between the beginnings and ends of modules that somebody else marks.
+was not seen before is born there; it dies when nothing refers to it any more. What is recorded is the order of births
+and deaths, and what is computed, between the beginnings and ends of modules that somebody else marks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from engine.dryrun import twins
-from engine.trace import Event, Kind
+from engine.dryrun import twins, works
+from engine.dryrun.tensors import tensors_in
+from engine.estimate.trace import Builder, Work
 
 
 class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -25,79 +27,86 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, device: str, known: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
-        self.events: list[Event] = []
-        self._alive: dict[int, tuple[_Weak, int]] = {}
-        self._foreign: dict[int, _Weak] = {}
-        self._count = 0
+        self.builder = Builder()
+        self._alive: dict[int, _Ref] = {}
+        self._foreign: dict[int, _Ref] = {}
         # Weights are not activations: a policy places them, later. Holding them keeps their keys from being used again.
-        self._known = {_key(t): t.untyped_storage() for t in known}
+        self._known = {s._cdata: s for s in (t.untyped_storage() for t in known)}
 
-    def mark(self, kind: Kind, name: str) -> None:
-        """Record that a module (or a component's method) begins or ends."""
-        self._bury()
-        self.events.append(Event(kind, name))
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[tuple[Any, list[int]]]:
+        """Record a stretch that stands beside the run: gives its events, and fills in what is alive at its end.
+
+        What is born in it must be let go of after it, before anything else happens.
+        """
+        outside, self._alive = self._alive, dict(self._alive)
+        survivors: list[int] = []
+        with self.builder.aside() as events:
+            yield events, survivors
+            survivors += [ref.number for key, ref in self._alive.items() if key not in outside]
+        self._alive = outside
+        for ref in [r for r in outside.values() if r() is None]:
+            self._died(ref)
+
+    def alive_since(self, number: int) -> list[int]:
+        """Return the storages that are alive and were born since that number, in the order of births."""
+        return [ref.number for ref in self._alive.values() if ref.number >= number]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        self._bury()
-        for tensor in _tensors((args, kwargs)):
+        given: dict[str, Any] = {} if kwargs is None else dict(kwargs)
+        for tensor in tensors_in(args):
             self._met(tensor)
-        result = twins.call(func, args, dict(kwargs or {})) if self.device == "meta" else func(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
+        for tensor in tensors_in(given.values()):
+            self._met(tensor)
+        is_dry = self.device == "meta"
+        result = twins.call(func, args, given) if is_dry else func(*args, **given)
+        for tensor in tensors_in((result,)):
             if tensor.device.type == self.device:
                 self._born(tensor)
+        if is_dry and (work := works.of(func, args, given, result, self.device)) is not None:
+            self.builder.work(work)
         return result
+
+    def computed(self, work: Work) -> None:
+        """Record what a stand-in for an operator would have computed."""
+        self.builder.work(work)
 
     def _met(self, tensor: Tensor) -> None:
         """Take note of a storage that was there before: a scheduler's table, a picture that was handed in."""
-        key = _key(tensor)
+        storage = tensor.untyped_storage()
+        key = storage._cdata
         if key not in self._known and key not in self._alive and key not in self._foreign:
-            self._foreign[key] = _Weak(tensor)
+            self._foreign[key] = _Ref(storage, self._left, key, -1)
 
     def _born(self, tensor: Tensor) -> None:
-        key = _key(tensor)
+        storage = tensor.untyped_storage()
+        key = storage._cdata
         if key in self._known or key in self._alive or key in self._foreign:
             return
-        size = tensor.untyped_storage().nbytes()
-        self._count += 1
-        self._alive[key] = (_Weak(tensor), self._count)
-        self.events.append(Event("+", number=self._count, size_bytes=size))
+        self._alive[key] = _Ref(storage, self._died, key, self.builder.born(storage.nbytes()))
 
-    def _bury(self) -> None:
-        """Record the deaths since the last event, in the order of births."""
-        dead = [key for key, (weak, _) in self._alive.items() if weak.is_dead()]
-        for key in dead:
-            _, number = self._alive.pop(key)
-            self.events.append(Event("-", number=number))
-        for key in [key for key, weak in self._foreign.items() if weak.is_dead()]:
-            del self._foreign[key]
+    def _died(self, ref: _Ref) -> None:
+        # A storage's Python object lives as long as the storage itself, so that this is called when the bytes go.
+        if self._alive.get(ref.key) is ref:
+            del self._alive[ref.key]
+            self.builder.died(ref.number)
 
-    def finish(self) -> list[Event]:
-        """Return the events, what died since the last one included."""
-        self._bury()
-        return self.events
+    def _left(self, ref: _Ref) -> None:
+        if self._foreign.get(ref.key) is ref:
+            del self._foreign[ref.key]
 
 
-class _Weak:
-    """A reference that does not keep a storage alive. Its number may be used again only after it is given back."""
+class _Ref(weakref.ref[torch.UntypedStorage]):
+    """A reference that does not keep a storage alive, with the key it is known by and its number in the trace."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self._cdata = tensor.untyped_storage()._weak_ref()
+    __slots__ = ("key", "number")
 
-    def is_dead(self) -> bool:
-        return bool(torch.UntypedStorage._expired(self._cdata))
+    def __new__(cls, storage: torch.UntypedStorage, left: Callable[[Any], None], key: int, number: int) -> _Ref:
+        return super().__new__(cls, storage, left)
 
-    def __del__(self) -> None:
-        torch.UntypedStorage._free_weak_ref(self._cdata)  # type: ignore[no-untyped-call]
-
-
-def _key(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _tensors(result: Any) -> Iterator[Tensor]:
-    if isinstance(result, Tensor):
-        yield result
-    else:
-        yield from (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+    def __init__(self, storage: torch.UntypedStorage, left: Callable[[Any], None], key: int, number: int) -> None:
+        super().__init__(storage, left)  # type: ignore[call-arg]  # typeshed has no __init__ of weakref.ref
+        self.key = key
+        self.number = number

@@ -15,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_map
 
 from engine.dryrun import twins
+from engine.dryrun.follow import Follower
+from engine.estimate.trace import Work
 
 aten = torch.ops.aten
 
@@ -113,6 +116,10 @@ def _cuda_rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None =
     rows = input.shape[: input.dim() - len(normalized_shape)]
     per_row = torch.empty((*rows, *(1 for _ in normalized_shape)), dtype=torch.float32, device=input.device)
     out = torch.empty_like(input, memory_format=torch.contiguous_format)
+    follower = _get_current_dispatch_mode()
+    if isinstance(follower, Follower):
+        moved = 2 * input.numel() * input.element_size()
+        follower.computed(Work("memory", str(input.dtype).removeprefix("torch."), (), moved))
     del per_row
     return out
 

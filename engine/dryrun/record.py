@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,23 +13,53 @@ from torch import nn
 
 from engine.dryrun.follow import Follower
 from engine.dryrun.operators import Target
-from engine.trace import Trace, TracedComponent, TracedModule, Weight
+from engine.estimate.trace import Alternative, Trace, TracedComponent, TracedModule, Weight
 
 # Named as the phases that they are.
 _VAE_METHODS = ("encode", "decode")
+DENOISERS = ("transformer", "transformer_2", "unet")
 _ENCODERS = ("text_encoder", "image_encoder", "prior")
 
 
-def record(pipe: Any, call: dict[str, Any], target: str) -> Trace:
+WAYS = {"tiled": ("use_tiling",), "sliced": ("use_slicing",), "sliced+tiled": ("use_slicing", "use_tiling")}
+"""Other ways through a VAE, recorded beside the plain one: the switches of each."""
+
+
+def record(pipe: Any, call: dict[str, Any], target: str, ways: Sequence[str] = ()) -> Trace:
     """Return the trace of one call of a pipeline that is on meta, as `target` ("cuda" or "cpu") would compute it.
+
+    `ways` names what is recorded beside it: keys of `WAYS`. A way that is no other is left out.
 
     Raises: ValueNeeded, when the call reads a value that a dry run does not have; what the pipeline raises.
     """
     modules = {n: c for n, c in pipe.components.items() if isinstance(c, nn.Module)}
     follower = Follower("meta", [t for m in modules.values() for t in (*m.parameters(), *m.buffers())])
-    with torch.no_grad(), _autocast_knows_meta(), marked(modules, follower), Target(target), follower:
+    steps = steps_marked(pipe, follower)
+    with torch.no_grad(), _autocast_knows_meta(), marked(modules, follower, ways), steps, Target(target), follower:
         pipe(**call)
     return trace(pipe, modules, follower)
+
+
+@contextlib.contextmanager
+def steps_marked(pipe: Any, follower: Follower) -> Iterator[None]:
+    """Let every step of the scheduler mark the end of a denoising step."""
+    scheduler: Any = getattr(pipe, "scheduler", None)
+    real = getattr(scheduler, "step", None)
+    if real is None:
+        yield
+        return
+
+    @functools.wraps(real)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        result = real(*args, **kwargs)
+        follower.builder.step()
+        return result
+
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step
 
 
 @contextlib.contextmanager
@@ -61,12 +92,13 @@ def trace(pipe: Any, modules: dict[str, nn.Module], follower: Follower) -> Trace
         components=tuple(_component(name, module) for name, module in modules.items()),
         offload_chain=tuple(chain),
         offload_excluded=tuple(n for n in pipe._exclude_from_cpu_offload if n in modules),
-        events=tuple(follower.finish()),
+        **follower.builder.tables(),
     )
 
 
 def _component(name: str, module: nn.Module) -> TracedComponent:
     owners = []
+    castable = set(_castable(module)) if name in DENOISERS else set()
     for path, owner in module.named_modules():
         weights = tuple(
             Weight(
@@ -75,13 +107,32 @@ def _component(name: str, module: nn.Module) -> TracedComponent:
                 size_bytes=tensor.untyped_storage().nbytes(),
                 is_buffer=key in owner._buffers,
                 is_saved=key not in owner._non_persistent_buffers_set,
+                dtype=str(tensor.dtype).removeprefix("torch."),
             )
             for key, tensor in (*owner._parameters.items(), *owner._buffers.items())
             if tensor is not None
         )
         if weights:
-            owners.append(TracedModule(path=f"{name}.{path}".rstrip("."), weights=weights))
+            full = f"{name}.{path}".rstrip(".")
+            owners.append(TracedModule(path=full, weights=weights, is_castable=owner in castable))
     return TracedComponent(name=name, modules=tuple(owners), blocks=tuple(_blocks(name, module)))
+
+
+def _castable(module: nn.Module, path: str = "", patterns: Sequence[str] | None = None) -> Iterator[nn.Module]:
+    """Yield the layers that `enable_layerwise_casting` of diffusers 0.42 acts on, with its default patterns."""
+    from diffusers.hooks._common import _GO_LC_SUPPORTED_PYTORCH_LAYERS as LAYERS
+    from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN as USUAL
+
+    if patterns is None:
+        own = ("_keep_in_fp32_modules", "_skip_layerwise_casting_patterns")
+        patterns = [*USUAL, *(p for name in own for p in getattr(module, name, None) or ())]
+    if any(re.search(p, path) for p in patterns):
+        return
+    if isinstance(module, LAYERS):
+        yield module
+        return
+    for name, child in module.named_children():
+        yield from _castable(child, f"{path}.{name}" if path else name, patterns)
 
 
 def _blocks(name: str, module: nn.Module) -> Iterator[tuple[str, ...]]:
@@ -92,7 +143,7 @@ def _blocks(name: str, module: nn.Module) -> Iterator[tuple[str, ...]]:
 
 
 @contextlib.contextmanager
-def marked(modules: dict[str, nn.Module], follower: Follower) -> Iterator[None]:
+def marked(modules: dict[str, nn.Module], follower: Follower, ways: Sequence[str] = ()) -> Iterator[None]:
     """Let every component, and every module that owns weights, mark its beginning and end while this is active."""
     phases = _Phases(follower)
     handles: list[Any] = []
@@ -106,8 +157,8 @@ def marked(modules: dict[str, nn.Module], follower: Follower) -> Iterator[None]:
                 handles.append(module.register_forward_pre_hook(begin))
                 handles.append(module.register_forward_hook(functools.partial(_end, follower, full)))
         for method in _VAE_METHODS:
-            if not _is_encoder(name) and callable(getattr(component, method, None)):
-                setattr(component, method, _method(getattr(component, method), follower, phases, name, method))
+            if not is_encoder(name) and callable(getattr(component, method, None)):
+                setattr(component, method, _method(component, getattr(component, method), follower, phases, name, ways))
                 wrapped.append((component, method))
     try:
         yield
@@ -122,31 +173,72 @@ def _owns_weights(module: nn.Module) -> bool:
     return any(w is not None for w in (*module._parameters.values(), *module._buffers.values()))
 
 
-def _is_encoder(name: str) -> bool:
+def is_encoder(name: str) -> bool:
     return name.startswith(_ENCODERS)
 
 
 def _begin(follower: Follower, phases: _Phases | None, path: str, *_: Any) -> None:
     if phases is not None:
-        phases.enter("encode" if _is_encoder(path) else "denoise")
-    follower.mark(">", path)
+        phases.enter("encode" if is_encoder(path) else "denoise")
+    follower.builder.begin(path)
 
 
 def _end(follower: Follower, path: str, *_: Any) -> None:
-    follower.mark("<", path)
+    follower.builder.end(path)
 
 
-def _method(real: Any, follower: Follower, phases: _Phases, name: str, method: str) -> Any:
-    @functools.wraps(real)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        phases.enter(method)
-        follower.mark(">", name)
+def _method(
+    component: nn.Module, real: Any, follower: Follower, phases: _Phases, name: str, ways: Sequence[str]
+) -> Any:
+    builder = follower.builder
+
+    def once(args: Any, kwargs: Any) -> Any:
+        builder.begin(name)
         try:
             return real(*args, **kwargs)
         finally:
-            follower.mark("<", name)
+            builder.end(name)
+
+    @functools.wraps(real)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        phases.enter(real.__name__)
+        others = {}
+        for way in ways:
+            if all(hasattr(component, s) for s in WAYS[way]):
+                with _switched_on(component, WAYS[way]), follower.aside() as (events, survivors):
+                    result = once(args, kwargs)
+                others[way] = events, survivors
+                del result
+        start, births = len(builder.events), builder.births
+        result = once(args, kwargs)
+        plain = builder.events[start:]
+        kept = follower.alive_since(births)
+        builder.alternatives += [
+            Alternative(
+                name=way,
+                start=start,
+                end=len(builder.events),
+                events=events,
+                outputs=tuple(zip(reversed(kept), reversed(survivors), strict=False)),
+            )
+            for way, (events, survivors) in others.items()
+            if events != plain
+        ]
+        return result
 
     return call
+
+
+@contextlib.contextmanager
+def _switched_on(component: nn.Module, switches: Sequence[str]) -> Iterator[None]:
+    before = {s: getattr(component, s) for s in switches}
+    for switch in switches:
+        setattr(component, switch, True)
+    try:
+        yield
+    finally:
+        for switch, value in before.items():
+            setattr(component, switch, value)
 
 
 class _Phases:
@@ -163,4 +255,4 @@ class _Phases:
         self.now = phase
         self.times[phase] = self.times.get(phase, 0) + 1
         count = self.times[phase]
-        self.follower.mark("=", phase if count == 1 else f"{phase}.{count}")
+        self.follower.builder.phase(phase if count == 1 else f"{phase}.{count}")

@@ -1,11 +1,14 @@
 """What is known of a model before it is loaded: from its configuration files alone.
 
 A model is looked for where it would be found: the embedded one, a directory, the Hugging Face cache, the shipped
-catalogue, and last, when online, the hub. To add a model to the catalogue: a file in `engine/facts/models/`.
+catalogue, and last, when online, the hub. OWNER/MODEL@REVISION is a model of the hub at a branch, a tag or a commit,
+which the catalogue, being of no revision, does not answer for. To add a model to the catalogue: a file in
+`engine/facts/models/`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -17,11 +20,17 @@ from engine.words import listing, nearest
 
 __all__ = ["Model", "find"]
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*\Z")
+# A revision is a path within the cache, and git itself allows no ".." in one.
+_HUB_ID = re.compile(
+    r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@(?P<revision>(?!.*\.\.)[A-Za-z0-9][\w./+-]*))?\Z", re.ASCII
+)
 
 
-def find(name: str | None) -> Model:
-    """Return the model called `name`; None is the embedded one. Raises: ModelError."""
+def find(name: str | None, revision: str | None = None) -> Model:
+    """Return the model called `name`; None is the embedded one.
+
+    `revision` is that of a model on the hub, as the name's own after an @. Raises: ModelError.
+    """
     if name is None or name == embedded.ID:
         return embedded.model()
     if not name.strip():
@@ -31,17 +40,32 @@ def find(name: str | None) -> Model:
     path = Path(name).expanduser()
     if _exists(path, name):
         return directory.read(path, name)
-    if not _HUB_ID.match(name):
+    match = _HUB_ID.match(name if revision is None else f"{name.partition('@')[0]}@{revision}")
+    if not match:
         raise ModelError(
             f"there is no model {name[:80]!r}",
-            "it is neither a directory here nor a name of the form OWNER/MODEL",
+            "it is neither a directory here nor a name of the form OWNER/MODEL or OWNER/MODEL@REVISION",
             _suggestion(name),
         )
-    if cached := hub.cached_snapshot(name, paths.hub_cache_dir()):
-        return directory.read(cached, name, source="cache", revision=cached.name, defaults=catalogue.defaults(name))
-    if known := catalogue.find(name):
+    return _on_the_hub(match["id"], match["revision"])
+
+
+def _on_the_hub(name: str, revision: str | None) -> Model:
+    partial: ModelError | None = None
+    cache = paths.hub_cache_dir()
+    if snapshot := hub.cached_snapshot(name, cache, revision):
+        try:
+            cached = directory.read(
+                snapshot, name, source="cache", revision=snapshot.name, defaults=catalogue.defaults(name)
+            )
+            return cached if hub.has_weights(snapshot) else dataclasses.replace(cached, path=None)
+        except directory.Incomplete as error:  # a download that was cut off, or fetched some files only
+            partial = error
+    if revision is None and (known := catalogue.find(name)):
         return known
-    return hub.fetch(name, _suggestion(name))
+    if partial is not None and hub.is_offline():
+        raise partial
+    return dataclasses.replace(hub.fetch(name, _suggestion(name), cache, revision), path=None)
 
 
 def _exists(path: Path, name: str) -> bool:

@@ -42,6 +42,7 @@ def find(name: str) -> Model | None:
                     module=c.get("module"),
                     config_class=c.get("config_class"),
                     config=FrozenDict(c.get("config") or {}),
+                    stored_dtype=c.get("stored_dtype"),
                 )
                 for n, c in entry["components"].items()
             }

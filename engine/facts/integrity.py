@@ -6,14 +6,14 @@ cut off before anything is loaded.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from engine.errors import ModelError
-from engine.facts.directory import read_json
+from engine.facts import weights
+from engine.facts.directory import MAX_INDEX_BYTES, read_json
 from engine.facts.model import Model
 
-_MAX_HEADER_BYTES = 100 * 1024**2
 _WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor", "ImageProcessorPil")
 
 
@@ -40,7 +40,7 @@ def _incomplete(model: Model, why: str) -> ModelError:
 
 def _check_weights(model: Model, place: Path) -> None:
     indices = sorted(place.glob("*.safetensors.index.json"))
-    wanted = {str(s) for i in indices for s in read_json(i, model.id).get("weight_map", {}).values()}
+    wanted = {str(s) for i in indices for s in _weight_map(i, model).values()}
     files = sorted(place.glob("*.safetensors"))
     missing = sorted(w for w in wanted if not (place / Path(w).name).is_file())
     if missing:
@@ -64,16 +64,18 @@ def _check_weights(model: Model, place: Path) -> None:
 def damage(file: Path) -> str | None:
     """Return what is wrong with a safetensors file's length or header, or None. Raises: ModelError, if unreadable."""
     try:
+        start, entries = weights.header(file)
         size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _MAX_HEADER_BYTES):
-                return "is cut off within its header"
-            header = json.loads(stream.read(length))
-        end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
     except OSError as error:
         raise ModelError(f"{file} cannot be read", str(error.strerror or error), "check who may read it") from None
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-        return "has a damaged header"
-    wanted = 8 + length + end
+    except weights.Damaged as damaged:
+        return str(damaged)
+    wanted = start + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     return None if size == wanted else f"has {size:,} bytes where its header says {wanted:,}"
+
+
+def _weight_map(file: Path, model: Model) -> Mapping[str, object]:
+    found = read_json(file, model.id, most=MAX_INDEX_BYTES).get("weight_map", {})
+    if not isinstance(found, Mapping):
+        raise _incomplete(model, f"{file.parent.name}/{file.name} names no weight files")
+    return found

@@ -22,6 +22,10 @@ class Component:
     config_class: str | None = None
     """transformers' configuration class, where the configuration itself does not name it (`model_type`)."""
     config: Mapping[str, Any] = field(default_factory=FrozenDict)
+    stored_dtype: str | None = None
+    """The one precision of the weights as they are stored, as "bfloat16"; None where it is not known, or mixed."""
+    variants: tuple[str, ...] = ()
+    """Other sets of weights in its folder, such as "fp16"; () where the weights are not on this machine."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +63,7 @@ class Model:
         vae = self.components.get("vae")
         if vae is None:
             return None
-        if isinstance(scale := vae.config.get("scale_factor_spatial"), int):
+        if isinstance(scale := vae.config.get("scale_factor_spatial"), int) and scale > 0:
             return scale
         channels = vae.config.get("block_out_channels")
         if vae.cls in ("AutoencoderKL", "AutoencoderKLFlux2") and isinstance(channels, list | tuple) and channels:

@@ -102,6 +102,7 @@ def _row(entry: dict[str, Any], sources: dict[str, str]) -> KnownGpu:
     return KnownGpu(**fields)
 
 
+@cache
 def folded(name: str) -> str:
     """Return a name without what people write differently: case, spaces, hyphens, the maker, the family."""
     words = re.sub(r"\b(nvidia|geforce|tesla|quadro|graphics|gpu)\b", " ", name.casefold())

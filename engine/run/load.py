@@ -19,7 +19,7 @@ def load(plan: Plan, told: Progress | None = None, *, debug: bool = False) -> An
     """Return the plan's pipeline, ready to be called."""
     told = told or Quiet()
     refuse_unfit(plan)
-    model = facts.find(plan.request.model)
+    model = facts.find(plan.request.model, plan.request.revision)
     integrity.check(model)
     where = str(model.path) if model.source in ("embedded", "directory") else model.id
     with lock.held(plan.card, told.say):
@@ -37,7 +37,8 @@ def refuse_unfit(plan: Plan) -> None:
         raise NothingFitsError(
             f"nothing fits for {plan.request.model} on this machine",
             "; ".join(f"{r.profile}: {r.because}" for r in plan.rejected),
-            "free VRAM, ask for less (--height, --width), or run without the card (--device cpu)",
+            "free VRAM, ask for less (--height, --width), or run without the card (--device cpu)"
+            + ("; --force runs the list all the same" if plan.request.exact else ""),
         )
 
 
@@ -63,6 +64,7 @@ def _from_pretrained(plan: Plan, where: str) -> Any:
         arguments |= optimizers.get(step.name).load_arguments(step, here)
     if plan.request.revision is not None and where == plan.request.model:
         arguments["revision"] = plan.request.revision
+    arguments |= dict(plan.request.components)  # None: not loaded
     try:
         return DiffusionPipeline.from_pretrained(where, use_safetensors=True, trust_remote_code=False, **arguments)
     except torch.OutOfMemoryError as error:

@@ -1,0 +1,95 @@
+"""The door to the dry run: from what is known of a model and what is asked of it to a trace."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from engine.dryrun import build, components, inputs, record
+from engine.dryrun.follow import Follower
+from engine.errors import ModelError, UsageError
+from engine.estimate.trace import Trace
+from engine.facts.model import Model
+from engine.values import Request
+
+STEPS = 2
+"""Denoising steps that are traced: what is held differs between the first and the second, and then no more."""
+
+
+def trace(model: Model, request: Request, dtype: str, target: str = "cuda") -> Trace:
+    """Return the trace of a request: seconds of work, no weights, no device.
+
+    A run that stops is stood in for by its components (`basis` is "component"), with what stopped it.
+
+    Raises: ModelError, for a model that cannot be built; UsageError, for arguments its pipeline does not take.
+    """
+    with _quiet():
+        pipe = build.pipeline(model, getattr(torch, dtype))
+        call = inputs.call(
+            model,
+            pipe,
+            height=request.height,
+            width=request.width,
+            frames=request.frames,
+            batch=request.batch,
+            steps=STEPS,
+            guidance=request.guidance,
+            extra=request.call,
+        )
+        try:
+            return record.record(pipe, call, target, ways(request.batch))
+        except UsageError:
+            raise
+        except Exception as error:  # noqa: BLE001 - what a foreign pipeline raises is not one class
+            return _by_component(pipe, request, target, f"the run stopped at {type(error).__name__}: {_line(error)}")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _by_component(pipe: Any, request: Request, target: str, because: str) -> Trace:
+    """Return what stands in for a run that stopped. Raises: ModelError, when not one component can be called."""
+    modules = {n: c for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
+    follower = Follower("meta", [t for m in modules.values() for t in (*m.parameters(), *m.buffers())])
+    silent = components.trace_each(modules, follower, request, target)
+    made = record.trace(pipe, modules, follower)
+    if not made.works:
+        raise ModelError(
+            f"{request.model} cannot be dry-run", f"{because}; {'; '.join(silent)}", "report this with the model's name"
+        )
+    return replace(made, basis="component", assumptions=(because, *silent))
+
+
+def ways(batch: int) -> tuple[str, ...]:
+    """Return the ways through a VAE that can differ from the plain one: slicing acts on batches only."""
+    return ("tiled", "sliced", "sliced+tiled") if batch > 1 else ("tiled",)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the libraries' remarks on a call without weights away from the user."""
+    import diffusers
+    import transformers
+
+    loggers: list[tuple[Any, Any]] = [
+        (library.utils.logging, library.utils.logging.get_verbosity()) for library in (diffusers, transformers)
+    ]
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for library, _ in loggers:
+            library.set_verbosity_error()
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
+            for library, verbosity in loggers:
+                library.set_verbosity(verbosity)

@@ -1,0 +1,245 @@
+"""How long a run takes: two clocks, the device's computing and its copies, and the host that starts both. No torch.
+
+An operator takes as long as the slower of its arithmetic and its bytes; the host takes a while to start each, so that
+small work on a fast card waits for the host. Copies from pageable memory hold everything up; those on a stream of their
+own run beside the computing, as far as the hooks let them. Rates are the card's; the shares of them that are reached
+are data with their evidence (`gpus/speeds.json`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from engine import gpus
+from engine.estimate.placements import DROP, EMPTY, FETCH, LOAD, STORE, WAIT, Placement, SequentialOffload
+from engine.estimate.trace import BEGIN, END, KIND_BITS, KIND_MASK, PHASE, STEP, WORK, Trace, Work
+from engine.gpus import Rates
+from engine.values import Gpu
+
+_SPEEDS = Path(__file__).parents[1] / "gpus" / "speeds.json"
+_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speeds:
+    """What a card on a host does in a second, as this run meets it."""
+
+    flop_per_s: dict[str, float]
+    """Dense matrix rates by dtype, as reached on large shapes."""
+    peak_flop_per_s: dict[str, float]
+    memory_bytes_per_s: float
+    multiprocessors: int | None
+    capability: tuple[int, int]
+    is_half_rate: bool
+    launch_s: float
+    to_device_bytes_per_s: float
+    to_host_bytes_per_s: float
+    pinned_bytes_per_s: float
+    tensor_fetch_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseSeconds:
+    """How long a phase takes, all steps counted."""
+
+    name: str
+    seconds: float
+
+
+@cache
+def _data() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(_SPEEDS.read_text(encoding="utf-8"))
+    return content
+
+
+def speeds(gpu: Gpu, host: str = "value") -> Speeds | None:
+    """Return the speeds of a card on a host that is "low", "value" (usual) or "high"; None where they are not known."""
+    rates = gpus.rates(gpu)
+    if rates is None or rates.fp32_flop_per_s is None or not rates.memory_bytes_per_s or gpu.compute_capability is None:
+        return None
+    data, row = _data(), gpus.row_of(gpu)
+    name = row.name if row is not None else gpu.name
+    is_half_rate = any(family in name for family in data["half_rate_families"])
+    share = data["matmul_share"]["half_rate" if is_half_rate else "full_rate"]["value"]
+    peak = _peaks(rates, gpu.compute_capability)
+    usual_link = 16e9
+    hosts = {"low": "high", "high": "low", "value": "value"}[host]  # a slow host takes long
+
+    def of_host(key: str) -> float:
+        return float(data[key][host])
+
+    return Speeds(
+        flop_per_s={
+            dtype: rate * (data["matmul_share"]["float32"]["value"] if rate == rates.fp32_flop_per_s else share)
+            for dtype, rate in peak.items()
+        },
+        peak_flop_per_s=peak,
+        memory_bytes_per_s=rates.memory_bytes_per_s * data["memory_share"]["value"],
+        multiprocessors=row.multiprocessors if row is not None else None,
+        capability=gpu.compute_capability,
+        is_half_rate=is_half_rate,
+        launch_s=float(data["launch_s"][hosts]),
+        to_device_bytes_per_s=min(of_host("pageable_to_device_bytes_per_s"), rates.link_bytes_per_s or usual_link),
+        to_host_bytes_per_s=min(of_host("pageable_to_host_bytes_per_s"), rates.link_bytes_per_s or usual_link),
+        pinned_bytes_per_s=(rates.link_bytes_per_s or usual_link) * data["pinned_share"]["value"],
+        tensor_fetch_s=float(data["tensor_fetch_s"][hosts]),
+    )
+
+
+def _peaks(rates: Rates, capability: tuple[int, int]) -> dict[str, float]:
+    """Return the matrix rates by dtype, as torch computes: float16 on float32 units before there were tensor cores."""
+    fp32 = rates.fp32_flop_per_s or 0.0
+    half = rates.fp16_flop_per_s if capability >= (7, 0) and rates.fp16_flop_per_s else fp32
+    brain = rates.bf16_flop_per_s or fp32 * 0.6  # before Ampere it is emulated
+    # torch lets convolutions, and not products, compute float32 in TF32 (torch.backends.cudnn.allow_tf32).
+    convolution = rates.tf32_flop_per_s or fp32
+    return {"float16": half, "bfloat16": brain, "float32": fp32, "convolution": convolution}
+
+
+def work_seconds(work: Work, speed: Speeds) -> float:
+    """Return how long the device is busy with one operator."""
+    data = _data()
+    moving: float = work.moved_bytes / speed.memory_bytes_per_s
+    shortest: float = float(data["kernel_s"]["value"])
+    rate = speed.flop_per_s.get(work.dtype, speed.flop_per_s["float32"])
+    peak = speed.peak_flop_per_s.get(work.dtype, speed.peak_flop_per_s["float32"])
+    match work.kind:
+        case "wait":
+            return 0.0
+        case "matmul":
+            batch, m, n, k = work.dims
+            return max(2 * batch * m * n * k / (rate * _fill(batch, m, n, speed)), moving, shortest)
+        case "attention":
+            batch, heads, queries, keys, width, kernel = work.dims
+            return max(4 * batch * heads * queries * keys * width / (peak * _attention(width, kernel, speed)), shortest)
+        case "conv":
+            if work.dtype == "float32":
+                peak = speed.peak_flop_per_s["convolution"]
+            return max(_conv_flop(work) / (peak * _convolution(speed)) + 2 * moving, shortest)
+        case "group_norm":
+            # The reduction runs in one block a group; then all is read again and written.
+            per_group = float(data["group_norm_bytes_per_s_a_group"]["value"])
+            reading = work.moved_bytes / 2 / min(work.dims[0] * per_group, speed.memory_bytes_per_s)
+            return max(reading + moving, shortest)
+    return max(moving, shortest)
+
+
+def _fill(batch: int, m: int, n: int, speed: Speeds) -> float:
+    """Return the share of multiprocessors that a product's tiles keep busy."""
+    if not speed.multiprocessors:
+        return 1.0
+    tile = _data()["matmul_tile"]
+    tiles = batch * math.ceil(m / tile["rows"]) * math.ceil(n / tile["columns"])
+    # Tiles that are only begun compute nothing in their margin.
+    begun = (m / tile["rows"] / math.ceil(m / tile["rows"])) * (n / tile["columns"] / math.ceil(n / tile["columns"]))
+    waves = tiles / speed.multiprocessors
+    return float(begun * waves / math.ceil(waves))
+
+
+def _attention(width: int, kernel: int, speed: Speeds) -> float:
+    shares = _data()["attention_share"]
+    if kernel == 2 or width > 256:
+        return float(shares["efficient"]["value"])
+    column = "64" if width <= 64 else "128"
+    if speed.is_half_rate:
+        return float(shares["half_rate"][column])
+    return float(shares["9.0" if speed.capability >= (9, 0) else "8.0"][column])
+
+
+def _convolution(speed: Speeds) -> float:
+    shares = _data()["convolution_share"]
+    if speed.is_half_rate:
+        return float(shares["half_rate"]["value"])
+    return float(shares["9.0" if speed.capability >= (9, 0) else "full_rate"]["value"])
+
+
+def _conv_flop(work: Work) -> int:
+    batch, channels_in, channels_out, groups, is_transposed = work.dims[:5]
+    per_dimension = (len(work.dims) - 5) // 5
+    where = work.dims[5 : 5 + per_dimension] if is_transposed else work.dims[-per_dimension:]
+    kernel = math.prod(work.dims[5 + per_dimension : 5 + 2 * per_dimension])
+    return 2 * batch * channels_in * channels_out // groups * kernel * math.prod(where)
+
+
+def phases(trace: Trace, make: Callable[[], Placement], speed: Speeds, steps: int | None) -> tuple[PhaseSeconds, ...]:
+    """Return the seconds of each phase. Steps beyond those traced are taken to be like the last of them."""
+    placement = make()
+    taking = [work_seconds(w, speed) for w in trace.works]
+    waits = [w.kind == "wait" for w in trace.works]
+    paths = trace.paths
+    acts = [placement.acts_on(p) or p in placement.casts for p in paths]
+    is_sequential = isinstance(placement, SequentialOffload)
+    group_s = float(_data()["group_s"]["value"])
+    host = device = copies = 0.0
+    found: list[list[Any]] = []
+    began = 0.0
+    step_ends: list[tuple[int, float]] = []  # the phase it is in, and when
+
+    def now() -> float:
+        return max(host, device)
+
+    for word in trace.events:
+        kind, payload = word & KIND_MASK, word >> KIND_BITS
+        if kind == WORK:
+            if waits[payload]:
+                host = now()
+            else:
+                host += speed.launch_s
+                device = max(device, host) + taking[payload]
+        elif kind == PHASE:
+            if found:
+                found[-1][1] += now() - began
+            began = now()
+            found.append([trace.phases[payload], 0.0])
+        elif kind == STEP:
+            step_ends.append((len(found) - 1, now()))
+        elif kind in (BEGIN, END) and acts[payload]:
+            path = paths[payload]
+            casts = placement.casts.get(path, ())
+            moves = placement.begin(path) if kind == BEGIN else placement.end(path)
+            if casts:
+                # To the wider kind, and back: read and written, one tensor after the other.
+                moved = sum(c.stored_bytes + c.computed_bytes for c in casts)
+                host += speed.launch_s * len(casts)
+                device = max(device, host) + moved / speed.memory_bytes_per_s
+            for move in moves:
+                size = placement.bytes_of(move.slots)
+                if move.verb == LOAD:
+                    host = device = now() + size / speed.to_device_bytes_per_s
+                    if is_sequential:
+                        host = device = now() + speed.tensor_fetch_s * len(move.slots)
+                elif move.verb == FETCH:
+                    host = max(host, copies) + group_s
+                    copies = max(host, copies) + size / speed.pinned_bytes_per_s
+                elif move.verb == STORE:
+                    host = device = now() + size / speed.to_host_bytes_per_s
+                elif move.verb == WAIT:
+                    host = max(host, copies)
+                    device = max(device, copies)
+                elif move.verb == DROP and copies:
+                    host = now()  # the host waits for the device before it lets go
+                elif move.verb == EMPTY:
+                    host = now()
+    if found:
+        found[-1][1] += now() - began
+    _repeat(found, step_ends, steps)
+    return tuple(PhaseSeconds(name=name, seconds=seconds) for name, seconds in found)
+
+
+def _repeat(found: list[list[Any]], step_ends: list[tuple[int, float]], steps: int | None) -> None:
+    """Add the steps that were not traced, each as long as the last that was."""
+    if steps is None or len(step_ends) < 2 or steps <= len(step_ends):
+        return
+    (_, before), (phase, last) = step_ends[-2:]
+    found[phase][1] += (steps - len(step_ends)) * (last - before)
+
+
+def load_seconds(stored_bytes: int, resident_bytes: int, speed: Speeds) -> float:
+    """Return how long loading takes: the files read, and what is resident copied to the device."""
+    return stored_bytes / float(_data()["disk_bytes_per_s"]["value"]) + resident_bytes / speed.to_device_bytes_per_s

@@ -1,0 +1,343 @@
+"""Replay a trace under a placement: which weights move when, with the semantics of the libraries' own hooks. No torch.
+
+A placement says, for each module that begins or ends, what moves. What the moves do to the device's memory is
+`stream.py`'s; how long they take is `clock.py`'s. Source of the semantics: diffusers 0.42, accelerate 1.15; what the
+hooks do and do not do is written beside each.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from engine.estimate.trace import Trace, TracedComponent, TracedModule, Weight
+
+LOAD, FETCH, DROP, STORE, EMPTY, WAIT = range(6)
+"""
+LOAD   weights are copied to the device, and the host waits for it (from pageable memory)
+FETCH  the same on a stream of its own, from pinned memory, while the device computes
+DROP   weights are let go of; the host has kept its copy
+STORE  weights are copied back to the host and let go of
+EMPTY  the allocator's cache is emptied
+WAIT   the host waits for the stream of copies
+"""
+
+
+class Move(NamedTuple):
+    """One thing that a placement does; `slots` are the tensors it does it with."""
+
+    verb: int
+    slots: tuple[int, ...] = ()
+
+
+_EMPTY, _WAIT = Move(EMPTY), Move(WAIT)
+
+ITEM_BYTES = {"float8_e4m3fn": 1, "float8_e5m2": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cast:
+    """One tensor of a layer that is kept in fewer bits: its slot, its bytes as stored and while the layer computes."""
+
+    slot: int
+    stored_bytes: int
+    computed_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Casting:
+    """`layerwise_casting`: the dtypes that weights of castable layers are kept in, and compute in."""
+
+    storage: str
+    compute: str
+
+    def stored_bytes(self, weight: Weight) -> int:
+        """Return a castable weight's bytes at rest."""
+        return weight.size_bytes * ITEM_BYTES[self.storage] // ITEM_BYTES[weight.dtype]
+
+    def computed_bytes(self, weight: Weight) -> int:
+        """Return its bytes while its layer computes."""
+        return weight.size_bytes * ITEM_BYTES[self.compute] // ITEM_BYTES[weight.dtype]
+
+
+class Placement:
+    """Says what moves when. It has a state, and is good for one pass along a trace."""
+
+    def __init__(self, trace: Trace, casting: Casting | None = None) -> None:
+        self.trace = trace
+        self.casting = casting
+        self.sizes: list[int] = []
+        """The bytes of each slot, as they are moved."""
+        self.casts: dict[str, tuple[Cast, ...]] = {}
+        """What is widened while a module computes, by its path."""
+        self._slots: dict[int, int] = {}
+        self._cast_slots: dict[int, Cast] = {}
+        for module in self._modules() if casting is not None else ():
+            if module.is_castable:
+                self.casts[module.path] = self._cast(module)
+
+    def _cast(self, module: TracedModule) -> tuple[Cast, ...]:
+        assert self.casting is not None
+        found = []
+        for weight in module.weights:
+            if weight.dtype in ITEM_BYTES:
+                stored = self.casting.stored_bytes(weight)
+                slot = self._new_slot(stored)
+                self._slots[weight.storage] = slot
+                found.append(Cast(slot=slot, stored_bytes=stored, computed_bytes=self.casting.computed_bytes(weight)))
+        return tuple(found)
+
+    def _modules(self) -> Iterator[TracedModule]:
+        return (m for c in self.trace.components for m in c.modules)
+
+    def _new_slot(self, size_bytes: int) -> int:
+        self.sizes.append(size_bytes)
+        return len(self.sizes) - 1
+
+    def slots(self, weights: Iterable[Weight]) -> tuple[int, ...]:
+        """Return the slots of weights: one for each storage."""
+        found = []
+        for weight in weights:
+            slot = self._slots.get(weight.storage)
+            if slot is None:
+                slot = self._slots[weight.storage] = self._new_slot(weight.size_bytes)
+            found.append(slot)
+        return tuple(dict.fromkeys(found))
+
+    def bytes_of(self, slots: Iterable[int]) -> int:
+        """Return the bytes of slots as they are moved."""
+        return sum(self.sizes[s] for s in slots)
+
+    def resident(self) -> tuple[int, ...]:
+        """Return the slots that are on the device before the call, and stay."""
+        return ()
+
+    def pinned(self) -> tuple[int, ...]:
+        """Return the slots of which the host holds a pinned copy for good."""
+        return ()
+
+    def acts_on(self, path: str) -> bool:
+        """Whether something can move when a module of this path begins or ends."""
+        return False
+
+    def begin(self, path: str) -> Iterable[Move]:
+        return ()
+
+    def end(self, path: str) -> Iterable[Move]:
+        return ()
+
+
+class Resident(Placement):
+    """Everything on the device for good."""
+
+    def resident(self) -> tuple[int, ...]:
+        return self.slots(w for c in self.trace.components for w in c.weights())
+
+
+class ModelOffload(Placement):
+    """`enable_model_cpu_offload`: a component comes at its first use, once its direct predecessor has gone.
+
+    Nothing happens after its use: it stays until its successor begins, or the call ends. Only the direct predecessor is
+    sent away. A component outside the chain has none, and excluded ones are on the device for good.
+    """
+
+    def __init__(self, trace: Trace, casting: Casting | None = None) -> None:
+        super().__init__(trace, casting)
+        self.here: set[str] = set(trace.offload_excluded)
+        self.before = dict(zip(trace.offload_chain[1:], trace.offload_chain, strict=False))
+        self.parts = {c.name: self.slots(c.weights()) for c in trace.components}
+
+    def resident(self) -> tuple[int, ...]:
+        return tuple(s for c in self.trace.components if c.name in self.here for s in self.parts[c.name])
+
+    def acts_on(self, path: str) -> bool:
+        return path in self.parts
+
+    def begin(self, path: str) -> Iterable[Move]:
+        previous = self.before.get(path)
+        if previous in self.here and previous not in self.trace.offload_excluded:
+            self.here.remove(previous)
+            yield Move(STORE, self.parts[previous])
+            yield _EMPTY
+        if path not in self.here:
+            self.here.add(path)
+            yield Move(LOAD, self.parts[path])
+
+
+class SequentialOffload(Placement):
+    """`enable_sequential_cpu_offload`: each module that owns weights fetches them for its own forward.
+
+    Buffers are put on the device when it is enabled and stay, unless the component owns parameters itself: then those
+    of the checkpoint are fetched too. Tied weights are fetched by each owner, a copy each. The cache is emptied after
+    each tensor (`set_module_tensor_to_device`, `clear_cache`).
+    """
+
+    def __init__(self, trace: Trace, casting: Casting | None = None) -> None:
+        super().__init__(trace, casting)
+        self.fetched: dict[str, tuple[int, ...]] = {}
+        self.kept: list[int] = []
+        for component in trace.components:
+            if component.name in trace.offload_excluded:
+                self.kept += self.slots(component.weights())
+            else:
+                self._split(component)
+
+    def _split(self, component: TracedComponent) -> None:
+        roots = [m for m in component.modules if m.path == component.name]
+        fetches_buffers = any(not w.is_buffer for m in roots for w in m.weights)
+        taken: set[int] = set()
+        for module in component.modules:
+            moving = [w for w in module.weights if not w.is_buffer or (fetches_buffers and w.is_saved)]
+            slots = []
+            for weight in moving:
+                slot = self.slots([weight])[0]
+                slots.append(self._new_slot(self.sizes[slot]) if slot in taken else slot)
+                taken.add(slot)
+            if slots:
+                self.fetched[module.path] = tuple(slots)
+            self.kept += self.slots(w for w in module.weights if w not in moving)
+
+    def resident(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(self.kept))
+
+    def acts_on(self, path: str) -> bool:
+        return path in self.fetched
+
+    def begin(self, path: str) -> Iterable[Move]:
+        for slot in self.fetched[path]:
+            yield Move(LOAD, (slot,))
+            yield _EMPTY
+
+    def end(self, path: str) -> Iterable[Move]:
+        yield Move(DROP, self.fetched[path])
+
+
+class GroupOffload(Placement):
+    """`enable_group_offload`: groups of weights come for the forward of the module that leads them.
+
+    At leaf level a group is what a module owns itself. At block level it is `blocks_per_group` blocks of a list among a
+    component's direct children (one, with a stream), and what is in no list forms one more group, led by the component,
+    which moves without the stream. A VAE's root forward never runs, so that at block level it is resident here, as the
+    optimizer leaves it.
+
+    With a stream the order of groups is learnt in a component's first forward. From its second on, a group fetches the
+    next one before it computes; the component itself fetches the first. Block groups keep their buffers.
+    """
+
+    def __init__(
+        self,
+        trace: Trace,
+        casting: Casting | None = None,
+        *,
+        block_level: bool = False,
+        use_stream: bool = True,
+        blocks_per_group: int = 1,
+        excluded: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(trace, casting)
+        self.use_stream = use_stream
+        self.block_level = block_level
+        self.kept: list[int] = []
+        self.groups: dict[str, tuple[int, ...]] = {}
+        self.stays: dict[str, tuple[int, ...]] = {}
+        self.last: dict[str, str] = {}
+        self.unmatched: set[str] = set()
+        for component in trace.components:
+            if component.name in excluded or (block_level and is_vae(component.name)):
+                self.kept += self.slots(component.weights())
+            elif block_level:
+                self._blocks(component, 1 if use_stream else blocks_per_group)
+            else:
+                for module in component.modules:
+                    self.groups[module.path] = self.slots(module.weights)
+        self.all_slots = tuple(
+            dict.fromkeys(s for path, g in self.groups.items() if path not in self.unmatched for s in g)
+        )
+        self.order: dict[str, list[str]] = {}
+        self.following: dict[str, str] = {}
+        self.learning: str | None = None
+        self.here: set[str] = set()
+        self.roots = {c.name for c in trace.components if not is_vae(c.name)}
+
+    def _blocks(self, component: TracedComponent, count: int) -> None:
+        left = {m.path: m.weights for m in component.modules}
+        for paths in component.blocks:
+            for start in range(0, len(paths), count):
+                group = paths[start : start + count]
+                inside = [p for p in left if any(p == g or p.startswith(g + ".") for g in group)]
+                weights = [w for p in inside for w in left.pop(p)]
+                self.groups[group[0]] = self.slots(weights)
+                if self.use_stream:
+                    self.stays[group[0]] = self.slots(w for w in weights if w.is_buffer)
+                self.last[group[-1]] = group[0]
+        rest = [w for weights in left.values() for w in weights]
+        # The group lists the buffers of its modules once more by themselves. Moving a module makes new buffers, so that
+        # the listed ones are old objects, which are then moved as well: while the group is here they are here twice.
+        twice = [w for path, weights in left.items() if path != component.name for w in weights if w.is_buffer]
+        copies = tuple(self._new_slot(w.size_bytes) for w in twice)
+        self.groups[component.name] = (*self.slots(rest), *copies)
+        self.unmatched.add(component.name)
+
+    def resident(self) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(self.kept))
+
+    def pinned(self) -> tuple[int, ...]:
+        return self.all_slots if self.use_stream else ()
+
+    def acts_on(self, path: str) -> bool:
+        return path in self.groups or path in self.last or path in self.roots
+
+    def _come(self, path: str, verb: int) -> Iterator[Move]:
+        if path not in self.here and path in self.groups:
+            self.here.add(path)
+            yield Move(verb, self.groups[path])
+
+    def _go(self, path: str) -> Iterator[Move]:
+        if path in self.here:
+            self.here.remove(path)
+            stays = self.stays.pop(path, ())  # after the first time they are there
+            if stays:
+                self.groups[path] = tuple(s for s in self.groups[path] if s not in stays)
+            is_stored = not self.use_stream or path in self.unmatched
+            yield Move(STORE if is_stored else DROP, self.groups[path])
+
+    def begin(self, path: str) -> Iterable[Move]:
+        root = path.partition(".")[0]
+        if self.use_stream and path in self.roots:
+            known = self.order.get(root)
+            if known is None:
+                self.learning = root
+                self.order[root] = []
+            elif known:
+                yield from self._come(path, LOAD)
+                yield from self._come(known[0], FETCH)
+                return
+        if path not in self.groups:
+            return
+        if path in self.here:  # it was fetched ahead
+            yield _WAIT
+        yield from self._come(path, LOAD)
+        if not self.use_stream or path == root:
+            return
+        if self.learning == root:
+            self.order[root].append(path)
+        elif path in self.following:
+            yield from self._come(self.following[path], FETCH)
+
+    def end(self, path: str) -> Iterable[Move]:
+        if path == self.learning:
+            self.learning = None
+            order = self.order[path]
+            self.following.update(itertools.pairwise(order))
+        # A group of several blocks goes when its last one ends, and not when its leader does.
+        is_inner = self.block_level and path not in self.unmatched
+        leader = self.last.get(path) if is_inner else path
+        if leader is not None and leader in self.groups:
+            yield from self._go(leader)
+
+
+def is_vae(component: str) -> bool:
+    """Whether a component is an autoencoder, by its name: `encode` and `decode` bypass the hooks on its forward."""
+    return component in ("vae", "vqvae", "audio_vae")

@@ -1,0 +1,195 @@
+"""Where traces come from: this process, the cache on disk, those that are shipped, and last a dry run.
+
+A trace is known by its content: the model's configurations, the sizes, the dtype, the libraries' versions. What was
+estimated from it is kept beside it, so that asking again reads one small file. Files are written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine import paths, versions
+from engine.estimate import tracefile, workspaces
+from engine.estimate.dryrunner import DryRunner
+from engine.estimate.trace import Trace
+from engine.facts.model import Model
+from engine.values import Estimate, Gpu, HostBytes, Interval, Phase, Request, Step
+
+_SHIPPED = Path(__file__).parent / "shipped"
+_PACKAGE = Path(__file__).parents[1]
+# What a trace depends on, and what an answer from it does: changed code makes neither old nor wrong ones live on.
+_TRACING = ("estimate/trace.py", "estimate/tracefile.py", "dryrun/*.py")
+_ANSWERING = ("estimate/*.py", "gpus/*.json")
+_LIBRARIES = ("torch", "diffusers", "transformers")
+_KEPT_IN_MEMORY = 4
+_dry = DryRunner()
+
+
+def key(model: Model, request: Request, dtype: str) -> str:
+    """Return what a trace is known by: a hash of all that it depends on but the code that makes it."""
+    content = {
+        "pipeline": model.pipeline_class,
+        "components": {n: dataclasses.asdict(c) for n, c in model.components.items()},
+        "sizes": [request.height, request.width, request.frames, request.batch],
+        "guidance": request.guidance,
+        "call": dict(request.call),
+        "dtype": dtype,
+        "libraries": _library_versions(),
+    }
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _library_versions() -> dict[str, str]:
+    """Return the installed versions without local parts; where a library is absent, the one that is tested with."""
+    return {name: (versions.installed(name) or versions.TESTED[name].low).partition("+")[0] for name in _LIBRARIES}
+
+
+@functools.cache
+def _fingerprint(patterns: tuple[str, ...]) -> str:
+    found = hashlib.sha256()
+    for path in sorted(p for pattern in patterns for p in _PACKAGE.glob(pattern)):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]
+
+
+def can_trace() -> bool:
+    """Whether the libraries that a dry run needs are installed. Imports none of them."""
+    return all(importlib.util.find_spec(name) is not None for name in _LIBRARIES)
+
+
+@functools.lru_cache(maxsize=_KEPT_IN_MEMORY)
+def _read(path: Path, stamp: float) -> Trace | None:
+    try:
+        return tracefile.load(path.read_bytes())
+    except (OSError, tracefile.BadTrace):
+        return None
+
+
+def _stored(path: Path) -> Trace | None:
+    try:
+        stamp = path.stat().st_mtime
+    except OSError:
+        return None
+    return _read(path, stamp)
+
+
+def known(wanted: str) -> Trace | None:
+    """Return the trace of this key from the cache, or the shipped one; None where there is neither."""
+    return _stored(_cached_path(wanted)) or _stored(shipped_path(wanted))
+
+
+def shipped_path(wanted: str) -> Path:
+    """Return where a shipped trace of this key is, or would be."""
+    return _SHIPPED / f"{wanted}.trace"
+
+
+def _cached_path(wanted: str) -> Path:
+    return paths.cache_dir() / "traces" / f"{wanted}-{_fingerprint(_TRACING)}.trace"
+
+
+def find(model: Model, request: Request, dtype: str) -> Trace | None:
+    """Return the trace of a request: a known one, else from a dry run; None where no dry run can be made here.
+
+    Raises: ModelError, UsageError.
+    """
+    wanted = key(model, request, dtype)
+    found = known(wanted)
+    if found is not None or not can_trace():
+        return found
+    made = _dry.trace(model, request, dtype)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        write(_cached_path(wanted), made)
+    return tracefile.load(made)
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, whoever else writes it at the same time. Raises: OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def case(steps: Sequence[Step], gpu: Gpu, request: Request, stored: Mapping[str, str | None]) -> str:
+    """Return what an estimate from one trace is known by."""
+    content = [
+        [[s.name, dict(s.params)] for s in steps],
+        [gpu.name, gpu.arch, gpu.pcie_generation, gpu.pcie_width, gpu.mig, gpu.cores, gpu.sm_clock_mhz],
+        request.steps,
+        sorted(request.components),
+        dict(stored),
+        workspaces.cudnn(),
+    ]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+class Answers:
+    """The estimates that were made from one trace, kept on disk as one small file."""
+
+    def __init__(self, wanted: str) -> None:
+        self._path = paths.cache_dir() / "estimates" / f"{wanted}-{_fingerprint((*_TRACING, *_ANSWERING))}.json"
+        self._new: dict[str, Any] = {}
+        self._old = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def get(self, name: str) -> Estimate | None:
+        """Return an estimate that was made before."""
+        found = self._new.get(name) or self._old.get(name)
+        try:
+            return None if found is None else _estimate(found)
+        except (TypeError, KeyError):
+            return None
+
+    def put(self, name: str, estimate: Estimate) -> None:
+        self._new[name] = dataclasses.asdict(estimate)
+
+    def save(self) -> None:
+        """Keep what is new, beside what others have kept meanwhile."""
+        if self._new:
+            content = json.dumps(self._read() | self._new, separators=(",", ":"))
+            with contextlib.suppress(OSError):
+                write(self._path, content.encode())
+
+
+@contextlib.contextmanager
+def answers(wanted: str) -> Iterator[Answers]:
+    """Give the estimates that are known for a trace, and keep those that are added."""
+    kept = Answers(wanted)
+    yield kept
+    kept.save()
+
+
+def _estimate(content: Mapping[str, Any]) -> Estimate:
+    parts = dict(content)
+    return Estimate(
+        **parts
+        | {
+            "host": HostBytes(**parts["host"]),
+            "interval": Interval(**parts["interval"]),
+            "phases": tuple(Phase(**p) for p in parts["phases"]),
+        }
+    )

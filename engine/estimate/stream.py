@@ -1,0 +1,175 @@
+"""From a trace and a placement to the stream of allocations on the device, and its peaks. No torch.
+
+The stream is what the allocator is asked for, in order: weights as they move, activations as they live, the workspaces
+that operators take while they compute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from engine.estimate.placements import DROP, EMPTY, FETCH, LOAD, STORE, Move, Placement
+from engine.estimate.trace import BEGIN, BORN, DIED, END, KIND_BITS, KIND_MASK, PHASE, WORK, Trace, Work
+
+CUDA_GRANULE_BYTES = 512
+"""The caching allocator rounds every request up to this, and counts it so."""
+
+WEIGHT, ACTIVATION, WORKSPACE = range(3)
+LOADING = "load"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhasePeak:
+    """The most bytes on the device during a phase, and what they were."""
+
+    name: str
+    peak_bytes: int
+    weights_bytes: int
+    activation_bytes: int
+    workspace_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What an operator takes beside its inputs and outputs while it computes.
+
+    `for_good_bytes` is kept from the first such operator on (a library's own workspace, one for all its calls).
+    A `given_up` one is done without when there is no room: another algorithm is taken.
+    """
+
+    bytes: int = 0
+    for_good_bytes: int = 0
+    is_given_up: bool = False
+
+
+@dataclass(slots=True)
+class Stream:
+    """Allocations in order: `key` allocates sizes[key], `-key` frees it, 0 empties the cache. Keys count from 1."""
+
+    events: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=lambda: [0])
+    kinds: bytearray = field(default_factory=lambda: bytearray(1))
+    optional: set[int] = field(default_factory=set)
+    aside: set[int] = field(default_factory=set)
+    """What is allocated on the stream of copies, which has a pool of its own."""
+    marks: list[tuple[int, str]] = field(default_factory=list)
+    """Where each phase begins: an index into `events`, and its name."""
+
+    def allocate(self, size_bytes: int, kind: int) -> int:
+        self.sizes.append(size_bytes)
+        self.kinds.append(kind)
+        key = len(self.sizes) - 1
+        self.events.append(key)
+        return key
+
+
+def build(trace: Trace, placement: Placement, takes: Callable[[Work], Taken] | None = None) -> Stream:
+    """Return the stream of a trace under a placement; `takes` says what operators take beside their results."""
+    made = Stream()
+    events, allocate = made.events, made.allocate
+    weights: dict[int, int] = {}  # slot → key
+    born: list[int] = []
+    sizes, paths = trace.sizes, trace.paths
+    acts = [placement.acts_on(p) or p in placement.casts for p in paths]
+    taken = [takes(w) if takes is not None else None for w in trace.works]
+    taken = [t if t is not None and (t.bytes or t.for_good_bytes) else None for t in taken]
+    kept: dict[int, int] = {}
+
+    made.marks.append((0, LOADING))
+    for slot in placement.resident():
+        weights[slot] = allocate(placement.sizes[slot], WEIGHT)
+
+    for word in trace.events:
+        kind, payload = word & KIND_MASK, word >> KIND_BITS
+        if kind == BORN:
+            born.append(allocate(sizes[payload], ACTIVATION))
+        elif kind == DIED:
+            events.append(-born[len(born) - 1 - payload])
+        elif kind == WORK:
+            want = taken[payload]
+            if want is not None:
+                _workspace(made, want, kept)
+        elif kind == PHASE:
+            made.marks.append((len(events), trace.phases[payload]))
+        elif kind == BEGIN and acts[payload]:
+            path = paths[payload]
+            for move in placement.begin(path):
+                _moved(made, move, placement, weights)
+            for cast in placement.casts.get(path, ()):
+                wide = allocate(cast.computed_bytes, WEIGHT)
+                events.append(-weights[cast.slot])
+                weights[cast.slot] = wide
+        elif kind == END and acts[payload]:
+            path = paths[payload]
+            for cast in placement.casts.get(path, ()):
+                narrow = allocate(cast.stored_bytes, WEIGHT)
+                events.append(-weights[cast.slot])
+                weights[cast.slot] = narrow
+            for move in placement.end(path):
+                _moved(made, move, placement, weights)
+    return made
+
+
+def _workspace(made: Stream, want: Taken, kept: dict[int, int]) -> None:
+    if want.for_good_bytes and want.for_good_bytes not in kept:
+        kept[want.for_good_bytes] = made.allocate(want.for_good_bytes, WORKSPACE)
+    if want.bytes:
+        key = made.allocate(want.bytes, WORKSPACE)
+        made.events.append(-key)
+        if want.is_given_up:
+            made.optional.add(key)
+
+
+def _moved(made: Stream, move: Move, placement: Placement, weights: dict[int, int]) -> None:
+    verb = move.verb
+    if verb in (LOAD, FETCH):
+        for slot in move.slots:
+            if slot not in weights:
+                key = weights[slot] = made.allocate(placement.sizes[slot], WEIGHT)
+                if verb == FETCH:
+                    made.aside.add(key)
+    elif verb in (DROP, STORE):
+        for slot in move.slots:
+            if slot in weights:
+                made.events.append(-weights.pop(slot))
+    elif verb == EMPTY:
+        made.events.append(0)
+
+
+def peaks(stream: Stream, granule_bytes: int = CUDA_GRANULE_BYTES) -> tuple[PhasePeak, ...]:
+    """Return the peak of each phase of allocated bytes, in order, as `torch.cuda.max_memory_allocated` counts."""
+    rounded = [-(-s // granule_bytes) * granule_bytes for s in stream.sizes]
+    kinds = stream.kinds
+    live = [0, 0, 0]
+    total = 0
+    found: list[PhasePeak] = []
+    ends = [index for index, _ in stream.marks[1:]] + [len(stream.events)]
+    for (start, name), end in zip(stream.marks, ends, strict=True):
+        most, at = total, tuple(live)
+        for key in stream.events[start:end]:
+            if key > 0:
+                size = rounded[key]
+                total += size
+                live[kinds[key]] += size
+                if total > most:
+                    most, at = total, tuple(live)
+            elif key < 0:
+                size = rounded[-key]
+                total -= size
+                live[kinds[-key]] -= size
+        found.append(
+            PhasePeak(
+                name=name,
+                peak_bytes=most,
+                weights_bytes=at[WEIGHT],
+                activation_bytes=at[ACTIVATION],
+                workspace_bytes=at[WORKSPACE],
+            )
+        )
+    return tuple(found)
+
+
+def peak_bytes(phases: Sequence[PhasePeak]) -> int:
+    """Return the most bytes on the device at once."""
+    return max(p.peak_bytes for p in phases)

@@ -1,0 +1,142 @@
+"""Traces as bytes: a header in JSON, the events as they are, both compressed. Nothing in it is executed when read."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import sys
+from array import array
+from typing import Any
+
+from engine.estimate.trace import EVENT_TYPE, Alternative, Trace, TracedComponent, TracedModule, Weight, Work
+
+_MAGIC = b"dg-run trace 1\n"
+_MAX_BYTES = 256 * 1024**2
+"""What a trace may unpack to: a damaged or hostile file is refused, not filled into memory."""
+
+
+class BadTrace(ValueError):
+    """Bytes that are not a trace of this version."""
+
+
+def dump(trace: Trace) -> bytes:
+    """Return a trace as bytes."""
+    numbers: dict[int, int] = {}  # storages are addresses while a trace is made: in a file they are counted
+    streams = [trace.events, *(a.events for a in trace.alternatives)]
+    header = {
+        "pipeline_class": trace.pipeline_class,
+        "components": [_component(c, numbers) for c in trace.components],
+        "offload_chain": trace.offload_chain,
+        "offload_excluded": trace.offload_excluded,
+        "sizes": trace.sizes,
+        "paths": trace.paths,
+        "phases": trace.phases,
+        "works": trace.works,
+        "alternatives": [[a.name, a.start, a.end, a.outputs] for a in trace.alternatives],
+        "basis": trace.basis,
+        "assumptions": trace.assumptions,
+        "lengths": [len(s) for s in streams],
+    }
+    table = json.dumps(header, separators=(",", ":")).encode()
+    events = b"".join(_little(s).tobytes() for s in streams)
+    return _MAGIC + lzma.compress(len(table).to_bytes(4, "little") + table + events, preset=9)
+
+
+def load(content: bytes) -> Trace:
+    """Return the trace in bytes. Raises: BadTrace."""
+    if not content.startswith(_MAGIC):
+        raise BadTrace("this is not a trace of this version")
+    try:
+        packed = _unpacked(content[len(_MAGIC) :])
+        length = int.from_bytes(packed[:4], "little")
+        header = json.loads(packed[4 : 4 + length])
+        packed = packed[4 + length :]
+        streams = []
+        for count in header["lengths"]:
+            events = array(EVENT_TYPE)
+            size = count * events.itemsize
+            events.frombytes(packed[:size])
+            streams.append(_little(events))
+            packed = packed[size:]
+        return Trace(
+            pipeline_class=header["pipeline_class"],
+            components=tuple(_read_component(c) for c in header["components"]),
+            offload_chain=tuple(header["offload_chain"]),
+            offload_excluded=tuple(header["offload_excluded"]),
+            events=streams[0],
+            sizes=tuple(header["sizes"]),
+            paths=tuple(header["paths"]),
+            phases=tuple(header["phases"]),
+            works=tuple(Work(k, d, tuple(dims), moved) for k, d, dims, moved in header["works"]),
+            alternatives=tuple(
+                Alternative(name=n, start=s, end=e, events=events, outputs=tuple((a, b) for a, b in outputs))
+                for (n, s, e, outputs), events in zip(header["alternatives"], streams[1:], strict=True)
+            ),
+            basis=header["basis"],
+            assumptions=tuple(header["assumptions"]),
+        )
+    except (KeyError, ValueError, TypeError, IndexError, EOFError, lzma.LZMAError) as error:
+        raise BadTrace(f"this trace is damaged: {error}") from error
+
+
+def _unpacked(content: bytes) -> bytes:
+    unpacker = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_MAX_BYTES)
+    found = unpacker.decompress(content, _MAX_BYTES)
+    if not unpacker.eof:
+        raise BadTrace("this trace is larger than any trace, or cut off")
+    return found
+
+
+def _little(events: array[int]) -> array[int]:
+    """Return events in little-endian order, whatever this machine's own is."""
+    if sys.byteorder == "big":
+        events = array(EVENT_TYPE, events)
+        events.byteswap()
+    return events
+
+
+def _component(component: TracedComponent, numbers: dict[int, int]) -> list[Any]:
+    modules = [
+        [
+            m.path,
+            int(m.is_castable),
+            [
+                [
+                    w.name,
+                    numbers.setdefault(w.storage, len(numbers)),
+                    w.size_bytes,
+                    int(w.is_buffer) + 2 * int(w.is_saved),
+                    w.dtype,
+                ]
+                for w in m.weights
+            ],
+        ]
+        for m in component.modules
+    ]
+    return [component.name, modules, component.blocks]
+
+
+def _read_component(content: list[Any]) -> TracedComponent:
+    name, modules, blocks = content
+    return TracedComponent(
+        name=name,
+        blocks=tuple(tuple(b) for b in blocks),
+        modules=tuple(
+            TracedModule(
+                path=path,
+                is_castable=bool(castable),
+                weights=tuple(
+                    Weight(
+                        name=n,
+                        storage=number,
+                        size_bytes=size,
+                        is_buffer=bool(flags & 1),
+                        is_saved=bool(flags & 2),
+                        dtype=dtype,
+                    )
+                    for n, number, size, flags, dtype in weights
+                ),
+            )
+            for path, castable, weights in modules
+        ),
+    )

@@ -1,0 +1,217 @@
+"""What a run will take under a list of optimizers: device bytes, host bytes, seconds, phase by phase. No torch.
+
+Everything is replayed from one trace. What is not known (the seconds of a card without rates) stays None.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection, Mapping, Sequence
+
+from engine import optimizers
+from engine.estimate import allocator, clock, stream, workspaces
+from engine.estimate.pinned import pinned_bytes
+from engine.estimate.placements import Casting, GroupOffload, ModelOffload, Placement, Resident, SequentialOffload
+from engine.estimate.stream import Stream, Taken
+from engine.estimate.trace import Trace, Work
+from engine.values import Estimate, Gpu, HostBytes, Interval, Phase, Step
+
+HOST_BASE_BYTES = 300 * 1024**2
+"""Anonymous memory of a process that has imported torch, diffusers and transformers and loaded nothing: 284 MB,
+measured on Linux with the CPU build of torch 2.13. What CUDA's driver adds is not known, and not counted."""
+
+MARGIN = 0.015
+"""Beside the mechanisms' own range, what the libraries' versions differ by in what they hold."""
+SECONDS_LOW, SECONDS_HIGH = 0.75, 1.35
+"""Beside the range of hosts, how far a card's rates are from what a run reaches of them."""
+
+_QUALITIES = ("exact", "near", "lossy")
+
+
+def way(steps: Sequence[Step]) -> str:
+    """Return which way through the VAE these steps take: "", or the name of a trace's alternatives."""
+    names = {s.name for s in steps}
+    return "+".join(w for w, name in (("sliced", "vae_slicing"), ("tiled", "vae_tiling")) if name in names)
+
+
+def _step(steps: Sequence[Step], name: str) -> Step | None:
+    return next((s for s in steps if s.name == name), None)
+
+
+def placed(trace: Trace, steps: Sequence[Step], dtype: str) -> Placement:
+    """Return the placement that steps put on a trace."""
+    casting = None
+    if (cast := _step(steps, "layerwise_casting")) is not None:
+        compute = cast.params["compute"]
+        casting = Casting(storage=cast.params["storage"], compute=dtype if compute == "auto" else compute)
+    step = optimizers.placement(steps)
+    match step.name if step is not None else "resident":
+        case "model_offload":
+            return ModelOffload(trace, casting)
+        case "sequential_offload":
+            return SequentialOffload(trace, casting)
+        case "group_offload":
+            assert step is not None
+            return GroupOffload(
+                trace,
+                casting,
+                block_level=step.params["type"] == "block_level",
+                use_stream=step.params["use_stream"],
+                blocks_per_group=step.params["blocks_per_group"],
+            )
+    return Resident(trace, casting)
+
+
+def estimate(
+    trace: Trace,
+    steps: Sequence[Step],
+    gpu: Gpu,
+    *,
+    dtype: str,
+    denoising_steps: int | None,
+    stored: Mapping[str, str | None],
+    absent: Collection[str] = (),
+) -> Estimate:
+    """Return the estimate of a run under `steps`, as if the card had no limit.
+
+    `stored` says, by component, which dtype its weights have on disk (None: not known, taken to be another).
+    `absent` names components that are not loaded; what they would give is handed in. `gpu` needs a compute capability.
+    """
+    capability = gpu.compute_capability
+    assert capability is not None
+    along = trace.along(way(steps)).without(absent)
+    make = functools.partial(placed, along, steps, dtype)
+    usual = stream.build(along, make(), functools.cache(lambda w: workspaces.taken(w, capability)))
+    reserved = allocator.replay(
+        usual.events, usual.sizes, marks=[i for i, _ in usual.marks], aside=frozenset(usual.aside)
+    )
+    required = allocator.required_bytes(
+        usual.events, usual.sizes, frozenset(usual.optional), aside=frozenset(usual.aside)
+    )
+    context = workspaces.context_bytes(capability)
+    host = host_bytes(along, make(), stored, dtype)
+    seconds = _seconds(along, make, gpu, denoising_steps)
+    placement = make()
+    at_rest = placement.bytes_of(placement.resident())
+    usual_speed = clock.speeds(gpu)
+    low, high = _range(along, make, capability, reserved.peak_allocated_bytes)
+    if trace.basis == "component":
+        # What the pipeline holds between its components was not seen: as much again as was seen within them.
+        held = max(p.activation_bytes for p in stream.peaks(usual))
+        high += held
+    return Estimate(
+        peak_allocated_bytes=reserved.peak_allocated_bytes,
+        peak_reserved_bytes=reserved.peak_reserved_bytes,
+        device_bytes=reserved.peak_reserved_bytes + context,
+        required_bytes=required + context,
+        host=host,
+        host_bytes=(host.anonymous_bytes or 0) + (host.pinned_bytes or 0),
+        seconds=None if seconds is None else round(sum(seconds["value"].values()), 3),
+        load_seconds=None
+        if usual_speed is None
+        else round(clock.load_seconds(_stored_bytes(along), at_rest, usual_speed), 3),
+        quality=max((optimizers.spec(s.name).quality for s in steps), key=_QUALITIES.index, default="exact"),
+        basis=trace.basis,
+        calibrated=False,
+        interval=Interval(
+            low_bytes=low,
+            high_bytes=high,
+            low_seconds=None if seconds is None else round(sum(seconds["high"].values()) * SECONDS_LOW, 3),
+            high_seconds=None if seconds is None else round(sum(seconds["low"].values()) * SECONDS_HIGH, 3),
+        ),
+        phases=_phases(usual, reserved.allocated_bytes, None if seconds is None else seconds["value"]),
+    )
+
+
+def within(estimate: Estimate, budget_bytes: int | None) -> Estimate:
+    """Return an estimate as it would come out within a budget: what the allocator caches stops at it."""
+    device, reserved = estimate.device_bytes, estimate.peak_reserved_bytes
+    if budget_bytes is None or device is None or reserved is None or device <= budget_bytes:
+        return estimate
+    over = device - max(budget_bytes, estimate.required_bytes or 0)
+    if over <= 0:
+        return estimate
+    peak = min(estimate.peak_allocated_bytes or 0, reserved - over)
+    return dataclasses.replace(
+        estimate, device_bytes=device - over, peak_reserved_bytes=reserved - over, peak_allocated_bytes=peak
+    )
+
+
+def _stored_bytes(trace: Trace) -> int:
+    return sum(w.size_bytes for c in trace.components for w in c.weights() if w.is_saved)
+
+
+def _phases(usual: Stream, allocated: Sequence[int], seconds: Mapping[str, float] | None) -> tuple[Phase, ...]:
+    found = []
+    for peak, most in zip(stream.peaks(usual), allocated, strict=True):
+        found.append(
+            Phase(
+                name=peak.name,
+                peak_bytes=most,
+                weights_bytes=peak.weights_bytes,
+                activation_bytes=peak.activation_bytes,
+                workspace_bytes=peak.workspace_bytes,
+                seconds=None if seconds is None or peak.name not in seconds else round(seconds[peak.name], 4),
+            )
+        )
+    return tuple(found)
+
+
+def _seconds(
+    trace: Trace, make: functools.partial[Placement], gpu: Gpu, steps: int | None
+) -> dict[str, dict[str, float]] | None:
+    """Return the seconds by phase on a slow ("low"), a usual and a fast host; None for a card without rates."""
+    found = {}
+    for host in ("low", "value", "high"):
+        speed = clock.speeds(gpu, host)
+        if speed is None:
+            return None
+        found[host] = {p.name: p.seconds for p in clock.phases(trace, make, speed, steps)}
+    return found
+
+
+def _range(trace: Trace, make: functools.partial[Placement], capability: tuple[int, int], peak: int) -> tuple[int, int]:
+    """Return where the peak lies when cuDNN converts nothing, and when it converts everything."""
+
+    def nothing(work: Work) -> Taken:
+        return Taken() if work.kind == "conv" else workspaces.taken(work, capability)
+
+    def everything(work: Work) -> Taken:
+        if work.kind != "conv":
+            return workspaces.taken(work, capability)
+        return Taken(bytes=workspaces.converted_bytes(work, ("input", "output")))
+
+    least = stream.peak_bytes(stream.peaks(stream.build(trace, make(), functools.cache(nothing))))
+    most = stream.peak_bytes(stream.peaks(stream.build(trace, make(), functools.cache(everything))))
+    return round(min(least, peak) * (1 - MARGIN)), round(max(most, peak) * (1 + MARGIN))
+
+
+def host_bytes(trace: Trace, placement: Placement, stored: Mapping[str, str | None], dtype: str) -> HostBytes:
+    """Return the host memory of a run, at its most.
+
+    Weights that are stored in the dtype they are loaded in stay pages of their files, which can be dropped; converted
+    ones are anonymous. What model and unstreamed group offload bring back from the device is anonymous too. Pinned
+    copies take the place of what they copy, rounded up to powers of two.
+    """
+    anonymous, file = HOST_BASE_BYTES, 0
+    moved_back = isinstance(placement, ModelOffload) or (
+        isinstance(placement, GroupOffload) and not placement.use_stream
+    )
+    pinned = set(placement.pinned())
+    for component in trace.components:
+        is_mapped = stored.get(component.name) == dtype
+        cast = {w.storage for m in component.modules if m.path in placement.casts for w in m.weights}
+        for weight in component.weights():
+            slot = placement.slots([weight])[0]
+            if slot in pinned:
+                continue
+            if is_mapped and weight.dtype == dtype and weight.storage not in cast and not moved_back:
+                file += weight.size_bytes
+            else:
+                anonymous += placement.sizes[slot]
+    return HostBytes(
+        anonymous_bytes=anonymous,
+        pinned_bytes=pinned_bytes(placement.sizes[s] for s in sorted(pinned)),
+        file_bytes=file,
+    )

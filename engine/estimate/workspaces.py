@@ -1,0 +1,126 @@
+"""What operators take on a card beside their inputs and outputs, by mechanism, for a compute capability. No torch.
+
+The figures and their evidence are data: `gpus/libraries.json`. None is fitted to a published peak of a pipeline.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from engine import versions
+from engine.estimate.stream import Taken
+from engine.estimate.trace import Work
+
+_LIBRARIES = Path(__file__).parents[1] / "gpus" / "libraries.json"
+_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_INDEX_MAX = 2**31 - 1
+_CHANNELS_TOGETHER = 8
+"""Converted tensors have whole groups of eight channels."""
+
+
+@cache
+def _libraries() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(_LIBRARIES.read_text(encoding="utf-8"))
+    return content
+
+
+def _by_capability(table: dict[str, Any], capability: tuple[int, int]) -> Any:
+    """Return the entry of a capability, or of the nearest lower one (of the lowest, for one below all)."""
+    known = sorted((tuple(map(int, k.split("."))), k) for k in table)
+    lower = [name for number, name in known if number <= capability]
+    return table[lower[-1] if lower else known[0][1]]
+
+
+def context_bytes(capability: tuple[int, int]) -> int:
+    """Return what a process takes on a card before any tensor: the CUDA context and its kernels."""
+    return int(_by_capability(_libraries()["context_bytes"], capability)["value"])
+
+
+def taken(work: Work, capability: tuple[int, int]) -> Taken:
+    """Return what one operator takes on a card of this capability."""
+    match work.kind:
+        case "matmul":
+            # One workspace a handle and stream, kept. cublasLt shares it from torch 2.11 on.
+            table = _libraries()["cublas_workspace_bytes"]
+            return Taken(for_good_bytes=int(_by_capability(table, capability)["value"]))
+        case "conv":
+            if columns := _columns_bytes(work):
+                return Taken(bytes=columns)
+            return Taken(bytes=convolution_bytes(work, capability), is_given_up=True)
+        case "attention":
+            return Taken(bytes=attention_bytes(work))
+    return Taken()
+
+
+@cache
+def cudnn() -> tuple[int, ...] | None:
+    """Return the version of cuDNN that is installed beside torch, or None where there is none to be seen."""
+    found = next((v for n in ("cu13", "cu12") if (v := versions.installed(f"nvidia-cudnn-{n}"))), None)
+    return None if found is None else tuple(int(part) for part in re.findall(r"\d+", found)[:3])
+
+
+def _columns_bytes(work: Work) -> int:
+    """Return the buffer of torch's own 3D convolution, which stands in where cuDNN's is switched off; else 0.
+
+    Source: torch does not use cuDNN 9.8 to 9.14 for planar 3D convolutions in half precision with a kernel larger than
+    one (pull request 166480); `slow_conv_dilated3d` then unfolds one sample into columns (NaiveDilatedConvolution.cu).
+    """
+    version = cudnn()
+    per_dimension = (len(work.dims) - 5) // 5
+    kernel = work.dims[5 + per_dimension : 5 + 2 * per_dimension]
+    item = _ITEM_BYTES.get(work.dtype)
+    if per_dimension != 3 or item != 2 or max(kernel) == 1 or version is None or not (9, 8) <= version < (9, 15):
+        return 0
+    return work.dims[1] * math.prod(kernel) * math.prod(work.dims[-3:]) * item
+
+
+def convolution_bytes(work: Work, capability: tuple[int, int]) -> int:
+    """Return the workspace of cuDNN's first choice for a convolution of planar tensors."""
+    is_half = _ITEM_BYTES.get(work.dtype) == 2
+    table = _libraries()["convolution"]["half" if is_half else "float32"]
+    return converted_bytes(work, _by_capability(table, capability)["converts"])
+
+
+def converted_bytes(work: Work, converts: Sequence[str]) -> int:
+    """Return the bytes of a convolution's tensors ("input", "output") as channels-last, with the filters where any is.
+
+    Nothing is taken where there is no such plan: depthwise convolutions, which torch computes itself, and outputs of
+    2^31 elements and more, which the converting kernels cannot count: FLUX.1-dev's decoder at batch 8 would else need
+    3 GiB more than was measured at its largest convolution.
+    """
+    batch, channels_in, channels_out, groups, _ = work.dims[:5]
+    per_dimension = (len(work.dims) - 5) // 5
+    size_in = math.prod(work.dims[5 : 5 + per_dimension])
+    size_out = math.prod(work.dims[-per_dimension:])
+    item = _ITEM_BYTES.get(work.dtype)
+    if item is None or not converts or (groups > 1 and groups == channels_in):
+        return 0
+    if batch * channels_out * size_out > _INDEX_MAX:
+        return 0
+    kernel = math.prod(work.dims[5 + per_dimension : 5 + 2 * per_dimension])
+    sizes = {
+        "input": batch * size_in * _padded(channels_in) * item,
+        "output": batch * size_out * _padded(channels_out) * item,
+    }
+    filters = _padded(channels_in) * _padded(channels_out) // groups * kernel * item
+    return sum(sizes[name] for name in converts) + filters
+
+
+def _padded(channels: int) -> int:
+    return -(-channels // _CHANNELS_TOGETHER) * _CHANNELS_TOGETHER
+
+
+def attention_bytes(work: Work) -> int:
+    """Return what the memory-efficient kernel accumulates in: float32 outputs, for half precision and widths over 128.
+
+    Source: `needs_output_accumulator` of torch's memory-efficient attention (kernel_forward.h).
+    """
+    batch, heads, queries, _, width, kernel = work.dims
+    is_half = _ITEM_BYTES.get(work.dtype) == 2
+    return batch * heads * queries * width * 4 if kernel == 2 and is_half and width > 128 else 0
