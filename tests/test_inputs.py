@@ -14,8 +14,8 @@ from engine import facts
 from engine.dryrun import build, inputs, pictures, record, twins
 from engine.dryrun.tokens import StubVisionProcessor, Vision
 from engine.errors import UsageError
+from engine.estimate.trace import Trace
 from engine.facts.model import Defaults, Model
-from engine.trace import Trace
 from tests import tiny
 
 
@@ -29,11 +29,11 @@ def catalogued(name: str) -> tuple[Model, Any]:
 
 
 def starts(trace: Trace, path: str) -> int:
-    return sum(e.kind == ">" and e.name == path for e in trace.events)
+    return sum(e.sign == ">" and e.name == path for e in trace.told())
 
 
 def largest(trace: Trace) -> int:
-    return max(e.size_bytes for e in trace.events if e.kind == "+")
+    return max(trace.sizes)
 
 
 def test_what_was_asked_is_given_under_the_names_of_the_pipeline() -> None:
@@ -79,7 +79,7 @@ def test_a_batch_of_videos_is_really_made() -> None:
     found, pipe = catalogued("THUDM/CogVideoX-2b")
     sizes = [
         largest(
-            record.record(pipe, inputs.call(found, pipe, height=256, width=256, frames=9, batch=b, steps=1), "cuda")
+            record.record(pipe, inputs.call(found, pipe, height=256, width=256, frames=9, batch=b, steps=2), "cuda")
         )
         for b in (1, 2)
     ]
@@ -126,7 +126,7 @@ def test_pictures_are_given_where_the_class_works_on_pictures() -> None:
 
 def test_an_inpainting_pipeline_gets_a_picture_and_a_mask_and_encodes_both() -> None:
     found, pipe = catalogued("black-forest-labs/FLUX.1-Fill-dev")
-    asked = inputs.call(found, pipe, height=256, width=512, steps=1)
+    asked = inputs.call(found, pipe, height=256, width=512, steps=2)
     assert (asked["image"].size, asked["image"].mode) == ((512, 256), "RGB")
     assert (asked["mask_image"].size, asked["mask_image"].mode) == ((512, 256), "L")
     assert starts(record.record(pipe, asked, "cuda"), "vae") >= 2
@@ -141,10 +141,10 @@ def test_an_inpainting_pipeline_gets_a_picture_and_a_mask_and_encodes_both() -> 
 )
 def test_a_decoder_gets_what_its_prior_would_have_made(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
     found, pipe = catalogued(name)
-    asked = inputs.call(found, pipe, height=512, width=768, steps=1, batch=2)
+    asked = inputs.call(found, pipe, height=512, width=768, steps=2, batch=2)
     assert {k: tuple(asked[k].shape) for k in shapes} == shapes
     assert all(asked[k].is_meta and asked[k].dtype == torch.bfloat16 for k in shapes)
-    one = inputs.call(found, pipe, height=512, width=768, steps=1)
+    one = inputs.call(found, pipe, height=512, width=768, steps=2)
     assert largest(record.record(pipe, asked, "cuda")) > 1.9 * largest(record.record(pipe, one, "cuda"))
 
 
@@ -158,14 +158,14 @@ def test_a_prior_gives_tensors() -> None:
 
 def test_a_model_that_looks_at_the_picture_while_encoding_really_looks() -> None:
     found, pipe = catalogued("Qwen/Qwen-Image-Edit")
-    trace = record.record(pipe, inputs.call(found, pipe, height=512, width=512, steps=1), "cuda")
+    trace = record.record(pipe, inputs.call(found, pipe, height=512, width=512, steps=2), "cuda")
     assert starts(trace, "text_encoder.model.visual.patch_embed.proj") == 1
 
 
 def test_experts_are_routed_to_evenly_and_the_trace_says_so() -> None:
     found, pipe = catalogued("HiDream-ai/HiDream-I1-Full")
     with twins.assumed() as assumed:
-        trace = record.record(pipe, inputs.call(found, pipe, height=512, width=512, steps=1), "cuda")
+        trace = record.record(pipe, inputs.call(found, pipe, height=512, width=512, steps=2), "cuda")
     assert assumed == {"2 of 4 chosen by topk: every one as often as any other"}
     blocks = "transformer.double_stream_blocks.0.block.ff_i.experts"
     ran = [k for k in range(4) if starts(trace, f"{blocks}.{k}.w1")]
@@ -175,7 +175,7 @@ def test_experts_are_routed_to_evenly_and_the_trace_says_so() -> None:
 def test_a_pipeline_without_its_guardrail_says_so() -> None:
     found, pipe = catalogued("nvidia/Cosmos-Predict2-2B-Text2Image")
     assert any("guardrail" in note for note in build.notes(pipe))
-    assert record.record(pipe, inputs.call(found, pipe, height=256, width=256, steps=1), "cuda").events
+    assert record.record(pipe, inputs.call(found, pipe, height=256, width=256, steps=2), "cuda").events
 
 
 def test_a_component_that_the_pipeline_makes_of_two_has_no_weights_in_memory_either() -> None:
@@ -221,7 +221,7 @@ def test_pictures_are_not_made() -> None:
         return seen[-1]
 
     pipe.image_processor.postprocess = kept
-    record.record(pipe, inputs.call(model(), pipe, height=64, width=96, batch=2, steps=1), "cuda")
+    record.record(pipe, inputs.call(model(), pipe, height=64, width=96, batch=2, steps=2), "cuda")
     assert [p.size for p in seen[0]] == [(96, 64)] * 2
     assert seen[0][0] is seen[0][1]
 
@@ -233,7 +233,7 @@ from engine import facts
 from engine.dryrun import build, inputs, record
 model = facts.find("hunyuanvideo-community/HunyuanVideo")
 pipe = build.pipeline(model, torch.bfloat16)
-record.record(pipe, inputs.call(model, pipe, height=720, width=1280, frames=129, steps=1), "cuda")
+record.record(pipe, inputs.call(model, pipe, height=720, width=1280, frames=129, steps=2), "cuda")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2)
 """
 

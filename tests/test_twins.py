@@ -10,20 +10,25 @@ from torch import Tensor
 
 from engine.dryrun import shapes, twins
 from engine.dryrun.follow import Follower
+from engine.estimate.trace import Trace
 from tests import tiny
-from tests.test_dryrun import dry
+from tests.test_dryrun import dry, events
 
 LARGE = (1000, 1000)
+
+
+def told(trace: Trace) -> Any:
+    return list(trace.told()), trace.works
 
 
 @pytest.mark.parametrize("name", tiny.ALL)
 def test_a_call_answered_from_the_first_of_its_kind_leaves_the_same_trace(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick = dry(*tiny.made(name)).events
-    again = dry(*tiny.made(name)).events
+    quick = told(dry(*tiny.made(name)))
+    again = told(dry(*tiny.made(name)))
     monkeypatch.setattr(shapes.Operator, "result", lambda self, args, kwargs: self.func(*args, **kwargs))
-    computed = dry(*tiny.made(name)).events
+    computed = told(dry(*tiny.made(name)))
     assert quick == computed
     assert again == computed
 
@@ -126,7 +131,7 @@ def test_what_left_the_device_without_a_value_stays_without_and_takes_no_memory(
         host[1] = torch.rand(LARGE, device="meta")[0, :5].cpu()
         with pytest.raises(twins.ValueNeeded):
             host.sum().item()
-    assert [e.size_bytes for e in follower.finish() if e.kind == "+" and e.size_bytes > 5000] == [
+    assert [e.size_bytes for e in events(follower) if e.sign == "+" and e.size_bytes > 5000] == [
         2 * 3 * 4096**2,
         3 * 4096**2,
         4_000_000,
