@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 from typing import Any
@@ -45,14 +46,15 @@ def pipeline(model: Model, dtype: torch.dtype) -> Any:
     guardrail = stand_ins.guardrail(taken, parts)
     if guardrail is not None:
         parts["safety_checker"] = guardrail
-    # A pipeline may put components together, and makes new ones then (AnimateDiff does): they too have no weights.
-    with torch.device("meta"), stand_ins.building(cls):
+    # AnimateDiff makes a component of two others, and loads it with their weights: on meta too, where these are.
+    makes_parts = torch.device("meta") if "motion_adapter" in parts else contextlib.nullcontext()
+    with makes_parts, stand_ins.building(cls):
         built = cls(**parts)
     for name, part in built.components.items():
         if isinstance(part, torch.nn.Module):
             stand_ins.settle(part)
             if part is not parts.get(name):
-                part.eval().requires_grad_(False)
+                part.to("meta").eval().requires_grad_(False)
     built.set_progress_bar_config(disable=True)
     pictures.stay_empty(built)
     setattr(built, _NOTES, () if guardrail is None else (guardrail.note,))

@@ -25,7 +25,7 @@ _SQUARE = 1024
 """Pixels a side of a picture where no size was asked for."""
 
 _FRAMES = ("num_frames", "frames", "video_length")
-_COPIES = ("num_images_per_prompt", "num_videos_per_prompt")
+_COPIES = "num_images_per_prompt"
 # Classes that start from pictures, though their signatures say that these may be left out.
 _WORKS_ON_PICTURES = re.compile(
     r"Img2Img|Image2Image|ImageToImage|Inpaint|Fill|Edit|Kontext|ImageToVideo|Image2Video|I2V|VideoToVideo|Video2Video"
@@ -77,14 +77,14 @@ def call(
     for name in extra:
         if name not in taken or taken[name].kind is inspect.Parameter.VAR_KEYWORD:
             raise _not_taken(pipe, name, taken)
-    # As the run does: one prompt, and as many pictures of it as the batch has.
-    copies = _named(taken, _COPIES)
-    if "prompt" in taken and "prompt" not in extra and "prompt_embeds" not in extra:
-        given["prompt"] = _PROMPT if copies or batch == 1 else [_PROMPT] * batch
-    if batch > 1 and copies:
-        given[copies] = batch
-    elif batch > 1 and "prompt" not in taken:
-        raise _not_taken(pipe, "a batch", taken)
+    # As the run does for pictures: one prompt, and as many of it as the batch has. For videos a list of prompts: some
+    # pipelines overwrite `num_videos_per_prompt` by 1 (CogVideoX, AnimateDiff), HunyuanVideo 1.5 fails at 2.
+    if "prompt" in taken and not {"prompt", "prompt_embeds"} & set(extra):
+        given["prompt"] = _PROMPT if _COPIES in taken or batch == 1 else [_PROMPT] * batch
+    if batch > 1 and _COPIES in taken:
+        given[_COPIES] = batch
+    elif batch > 1 and "prompt" not in given:
+        raise _not_taken(pipe, _COPIES, taken)
     high, wide = height or usual.height or _SQUARE, width or usual.width or _SQUARE
     given |= _pictures(_pictures_of(pipe, taken), high, wide, frames or usual.frames or 1)
     given |= _results_of_others(pipe, taken, high, wide)
@@ -108,7 +108,7 @@ def _named(taken: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
 
 def _not_taken(pipe: Any, name: str, taken: Mapping[str, inspect.Parameter]) -> UsageError:
     names = [n for n, p in taken.items() if p.kind is not p.VAR_KEYWORD]
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
     return UsageError(
         f"{type(pipe).__name__} does not take {name}",
         "its call has no such argument",

@@ -45,6 +45,7 @@ class Operator:
     """Positions of the arguments that it writes to."""
     is_view: bool
     is_pointwise: bool
+    is_random: bool
     is_in_place: bool
     """Whether the first argument is written to and returned, and nothing else."""
 
@@ -54,7 +55,8 @@ class Operator:
         if self.is_view or (self.written and not self.is_in_place):
             return self.func(*args, **kwargs)
         try:
-            kind = (self.func, *map(_described, args), *((k, _described(v)) for k, v in kwargs.items()))
+            named = [(k, _described(v)) for k, v in kwargs.items()] if kwargs else ()
+            kind = (self.func, torch.get_default_dtype(), *map(_described, args), *named)
             known = _kinds.get(kind)
         except TypeError:
             return self.func(*args, **kwargs)
@@ -101,11 +103,14 @@ def _read(func: Any) -> Operator:
     taken, given = func._schema.arguments, func._schema.returns
     written = tuple(k for k, a in enumerate(taken) if a.alias_info is not None and a.alias_info.is_write)
     is_in_place = written == (0,) and len(given) == 1 and given[0].alias_info is not None
+    # `set_` gives a tensor another storage, which of two that look alike is not told by their looks.
+    is_in_place = is_in_place and not func._schema.name.startswith("aten::set_")
     return Operator(
         func=func,
         written=written,
         is_view=not written and any(r.alias_info is not None for r in given),
         is_pointwise=torch.Tag.pointwise in func.tags,
+        is_random=torch.Tag.nondeterministic_seeded in func.tags,
         is_in_place=is_in_place,
     )
 

@@ -100,10 +100,11 @@ class Vision:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Vision | None:
         """Return what a model's configuration says, None for a model that does not see like this."""
-        seen = config.get("vision_config") or {}
-        if "image_token_id" not in config or not {"patch_size", "spatial_merge_size", "temporal_patch_size"} <= set(
-            seen
-        ):
+        seen = config.get("vision_config")
+        sizes = ("patch_size", "spatial_merge_size", "temporal_patch_size")
+        if not isinstance(seen, Mapping) or not all(isinstance(seen.get(s), int) and seen[s] > 0 for s in sizes):
+            return None
+        if not isinstance(config.get("image_token_id"), int):
             return None
         return cls(
             image_token_id=config["image_token_id"],
