@@ -19,6 +19,7 @@ from engine.plan import Plan
 from engine.values import Estimate
 from tests.conftest import card, machine
 
+pytestmark = pytest.mark.usefixtures("no_estimates")
 SCHEMA = jsonschema.Draft202012Validator(json.loads(validation.schema_text("plan")))
 
 requests = st.fixed_dictionaries(

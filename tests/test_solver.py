@@ -19,6 +19,7 @@ from tests.conftest import GIB, card, machine
 
 SCENARIOS = sorted((Path(__file__).parent / "scenarios").glob("*.yaml"))
 KEYS = {"why", "hardware", "request", "expect", "rejected"}
+pytestmark = pytest.mark.usefixtures("no_estimates")
 
 
 def _hardware(told: dict[str, Any]) -> Hardware:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import zlib
@@ -11,7 +12,8 @@ from typing import Any
 from engine.estimate.trace import EVENT_TYPE, Alternative, Trace, TracedComponent, TracedModule, Weight, Work
 
 _MAGIC = b"dg-run trace 1\n"
-_MAX_BYTES = 256 * 1024**2
+_MAX_TABLE_BYTES = 16 * 1024**2
+_MAX_EVENT_BYTES = 256 * 1024**2
 """What a trace may unpack to: a damaged or hostile file is refused, not filled into memory."""
 
 
@@ -49,15 +51,8 @@ def load(content: bytes) -> Trace:
     try:
         start = len(_MAGIC) + 4
         length = int.from_bytes(content[len(_MAGIC) : start], "little")
-        header = json.loads(_unpacked(content[start : start + length]))
-        packed = _unpacked(content[start + length :])
-        streams = []
-        for count in header["lengths"]:
-            events = array(EVENT_TYPE)
-            size = count * events.itemsize
-            events.frombytes(packed[:size])
-            streams.append(_little(events))
-            packed = packed[size:]
+        header = json.loads(_unpacked(content[start : start + length], _MAX_TABLE_BYTES))
+        streams = _streams(_unpacked(content[start + length :], _MAX_EVENT_BYTES), header["lengths"])
         return Trace(
             pipeline_class=header["pipeline_class"],
             components=tuple(_read_component(c) for c in header["components"]),
@@ -75,16 +70,27 @@ def load(content: bytes) -> Trace:
             basis=header["basis"],
             assumptions=tuple(header["assumptions"]),
         )
-    except (KeyError, ValueError, TypeError, IndexError, zlib.error) as error:
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError, RecursionError, zlib.error) as error:
         raise BadTrace(f"this trace is damaged: {error}") from error
 
 
-def _unpacked(content: bytes) -> bytes:
+def _unpacked(content: bytes, most: int) -> bytes:
     unpacker = zlib.decompressobj()
-    found = unpacker.decompress(content, _MAX_BYTES)
-    if unpacker.unconsumed_tail:
-        raise BadTrace("this trace is larger than any trace")
+    found = unpacker.decompress(content, most)
+    if not unpacker.eof:
+        raise BadTrace("this trace is cut off, or larger than any trace")
     return found
+
+
+def _streams(packed: bytes, lengths: list[int]) -> list[array[int]]:
+    """Return the streams of events that follow one another. Raises: BadTrace, where they are not all that is there."""
+    events = array(EVENT_TYPE)
+    events.frombytes(packed)
+    events = _little(events)
+    if any(n < 0 for n in lengths) or sum(lengths) != len(events):
+        raise BadTrace("this trace has not the events that it says")
+    ends = list(itertools.accumulate(lengths, initial=0))
+    return [events[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def _little(events: array[int]) -> array[int]:
