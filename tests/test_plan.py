@@ -48,7 +48,7 @@ def test_a_plan_obeys_its_schema_and_survives_json(request: dict[str, object], f
     assert Plan.from_json(text).to_json() == text
 
 
-def test_nothing_is_estimated_and_nothing_is_invented() -> None:
+def test_without_a_dry_run_nothing_is_estimated_and_nothing_is_invented() -> None:
     plan = engine.resolve(hardware=machine(card()))
     assert plan.fits is None
     assert plan.estimate == Estimate()
