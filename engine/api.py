@@ -160,6 +160,8 @@ def _changed(known: Model, components: Mapping[str, None], pipeline_class: str |
             raise UsageError(f"{known.id} has no component {name!r}", do=did_you_mean(name, known.components))
         if value is not None:
             raise UsageError(f"component {name!r} can only be left out", do=f'write {{"{name}": null}}')
+    if pipeline_class is not None and not isinstance(pipeline_class, str):
+        raise UsageError(f"pipeline_class must be the name of a class, not {pipeline_class!r}")
     return known if pipeline_class is None else dataclasses.replace(known, pipeline_class=pipeline_class)
 
 

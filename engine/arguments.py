@@ -73,7 +73,10 @@ def step(given: StepLike) -> Step:
             f"{given!r} is not an optimizer",
             do='write "vae_tiling", or {"name": "dtype", "params": {"value": "float16"}}',
         )
-    return optimizers.spec(given["name"]).step(given.get("params"))
+    params = given.get("params")
+    if params is not None and not isinstance(params, Mapping):
+        raise UsageError(f"{given['name']}: params cannot be {params!r}", do='write {"name": value}')
+    return optimizers.spec(given["name"]).step(params)
 
 
 def optimizer_names(names: Iterable[str]) -> tuple[str, ...]:

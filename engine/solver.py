@@ -72,7 +72,7 @@ def exact(situation: Situation, steps: Sequence[Step]) -> Decision:
     return Decision(
         profile=None,
         steps=settled,
-        fits=None if taken.required_bytes is None else short is None,
+        fits=False if short is not None else True if _is_known(taken, situation) else None,
         estimate=taken,
         rejected=() if short is None else (_does_not_fit("exact list", settled, short),),
         notes=notes,
@@ -112,7 +112,7 @@ def choose(situation: Situation, profiles: Sequence[Profile]) -> Decision:
     return Decision(
         profile=best.profile,
         steps=best.steps,
-        fits=True if is_estimated else None,
+        fits=True if all(_is_known(c.estimate, situation) for c in fitting) else None,
         estimate=best.estimate,
         rejected=tuple(rejected),
         notes=(*_changes(best.profile, best.steps, situation.request), *_notes(best.findings, best.steps)),
@@ -175,6 +175,11 @@ def _short(taken: Estimate, situation: Situation) -> _Short | None:
             f"free {format_size(over)} of host memory, or keep more on the card",
         )
     return None
+
+
+def _is_known(taken: Estimate, situation: Situation) -> bool:
+    """Whether a run's need and the card's room are both known."""
+    return taken.required_bytes is not None and situation.budget_bytes is not None
 
 
 def _does_not_fit(name: str, steps: tuple[Step, ...], short: _Short) -> Rejection:

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from engine import probe
+from engine.estimate import store
 from engine.values import Gpu, Hardware, Host
 
 GIB = 1024**3
+RTX_4090 = "GeForce RTX 4090"
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +24,16 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("DG_GROUP_OFFLOAD_TYPE", "DG_STORAGE_DTYPE", "DG_COMPUTE_DTYPE"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def no_estimates() -> Iterator[None]:
+    """As without torch: nothing is dry-run, no answer is remembered, and profiles are chosen by `match` alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "can_trace", lambda: False)
+        patch.setattr(store, "known", lambda wanted: None)
+        patch.setattr(store.Answers, "get", lambda self, name: None)
+        yield
 
 
 @pytest.fixture

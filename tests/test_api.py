@@ -12,6 +12,8 @@ from engine.errors import DgRunError, HardwareError, UsageError
 from engine.units import GIB
 from tests.conftest import card, machine
 
+pytestmark = pytest.mark.usefixtures("no_estimates")
+
 
 @pytest.mark.parametrize(
     ("arguments", "part"),

@@ -19,6 +19,7 @@ from engine.plan import Plan
 from engine.values import Estimate
 from tests.conftest import card, machine
 
+pytestmark = pytest.mark.usefixtures("no_estimates")
 SCHEMA = jsonschema.Draft202012Validator(json.loads(validation.schema_text("plan")))
 
 requests = st.fixed_dictionaries(
@@ -47,7 +48,7 @@ def test_a_plan_obeys_its_schema_and_survives_json(request: dict[str, object], f
     assert Plan.from_json(text).to_json() == text
 
 
-def test_nothing_is_estimated_and_nothing_is_invented() -> None:
+def test_without_a_dry_run_nothing_is_estimated_and_nothing_is_invented() -> None:
     plan = engine.resolve(hardware=machine(card()))
     assert plan.fits is None
     assert plan.estimate == Estimate()

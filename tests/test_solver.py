@@ -19,6 +19,7 @@ from tests.conftest import GIB, card, machine
 
 SCENARIOS = sorted((Path(__file__).parent / "scenarios").glob("*.yaml"))
 KEYS = {"why", "hardware", "request", "expect", "rejected"}
+pytestmark = pytest.mark.usefixtures("no_estimates")
 
 
 def _hardware(told: dict[str, Any]) -> Hardware:
@@ -129,4 +130,4 @@ def test_an_exact_list_is_the_whole_list_plus_where_the_weights_are() -> None:
     assert plan.profile is None
     bare = engine.resolve(optimizers=[], hardware=machine(card()))
     assert [s.name for s in bare.optimizers] == ["resident"]
-    assert [n.kind for n in bare.notes] == ["default"]
+    assert [n.kind for n in bare.notes] == ["default", "not_estimated"]

@@ -40,7 +40,8 @@ def run(arguments: list[str]) -> int:
     if given.auto and given.exact:
         raise UsageError("--auto and --exact contradict each other", do="leave one of them out")
     if given.requests is not None:
-        if len(arguments) > 2 + given.debug:
+        usual = parser()
+        if any(v != usual.get_default(k) for k, v in vars(given).items() if k not in ("requests", "debug")):
             raise UsageError(
                 "--requests takes no other option", "each line says all of its request", "leave the rest out"
             )

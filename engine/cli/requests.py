@@ -27,6 +27,14 @@ _PLAIN = (
     "profile",
     "optimizers",
 )
+_KINDS: tuple[tuple[str, type], ...] = (
+    ("call", dict),
+    ("components", dict),
+    ("optimizers", list),
+    ("model", str),
+    ("pipeline_class", str),
+    ("profile", str),
+)
 _HARDWARE = ("gpu", "vram", "host_ram")
 _KEYS = ("id", "hardware", *_PLAIN)
 
@@ -35,7 +43,7 @@ def answer_all(path: Path) -> int:
     """Print the answer to each request of a file. Returns 0 when every line was answered. Raises: FileError."""
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
-            print(json.dumps(_answer(line, number), ensure_ascii=False), flush=True)
+            print(json.dumps(_answer(line, number)), flush=True)
     return 0
 
 
@@ -55,7 +63,7 @@ def _answer(line: str, number: int) -> dict[str, Any]:
     name: Any = number
     try:
         try:
-            request = json.loads(line)
+            request = json.loads(line, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"line {number} is not JSON", str(error), "write one object a line") from None
         if not isinstance(request, Mapping):
@@ -63,21 +71,33 @@ def _answer(line: str, number: int) -> dict[str, Any]:
         name = request.get("id", number)
         return {"id": name} | dataclasses.asdict(_plan(request))
     except DgRunError as error:
-        told = {"code": error.exit_code, "what": error.what, "why": error.why, "do": error.do}
-        return {"id": name, "error": told}
+        return {"id": name, "error": _told(error)}
+    except RecursionError:
+        return {"id": number, "error": _told(UsageError(f"line {number} is nested too deeply"))}
+    except Exception as error:  # noqa: BLE001 - a mistake of ours in one answer keeps nobody from the others
+        internal = DgRunError(f"an internal error: {type(error).__name__}: {error}", "this is a mistake in dg-run")
+        return {"id": name, "error": _told(internal)}
+
+
+def _told(error: DgRunError) -> dict[str, Any]:
+    return {"code": error.exit_code, "what": error.what, "why": error.why, "do": error.do}
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
 
 
 def _plan(request: Mapping[str, Any]) -> engine.Plan:
     """Return the plan of one request. Raises: DgRunError."""
     _refuse_unknown(request, _KEYS)
-    hardware = request.get("hardware") or {}
+    hardware = {} if request.get("hardware") is None else request["hardware"]
     if not isinstance(hardware, Mapping):
         raise UsageError("hardware is not an object", do='write {"gpu": "RTX 4090", "vram": "20GiB"}')
     _refuse_unknown(hardware, _HARDWARE)
     given = {k: v for k in _PLAIN if (v := request.get(k)) is not None}
-    for key, kind in (("call", Mapping), ("components", Mapping), ("optimizers", list), ("model", str)):
+    for key, kind in _KINDS:
         if key in given and not isinstance(given[key], kind):
-            raise UsageError(f"{key} is not {'an object' if kind is Mapping else 'a list' if kind is list else 'text'}")
+            raise UsageError(f"{key} is not {'an object' if kind is dict else 'a list' if kind is list else 'text'}")
     return engine.resolve(**given, **{k: v for k, v in hardware.items() if v is not None})
 
 

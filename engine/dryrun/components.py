@@ -30,11 +30,14 @@ def trace_each(modules: dict[str, nn.Module], follower: Follower, request: Reque
     """
     silent = []
     batch = max(1, request.batch)
+    denoising = next((n for n in modules if n in record.DENOISERS), None)
     with torch.no_grad(), record.marked(modules, follower), Target(target), follower:
         for name, module in sorted(modules.items(), key=lambda item: _place(item[0])):
             for _ in range(2 if name in record.DENOISERS else 1):
                 try:
                     _call(name, module, request, batch)
+                    if name == denoising:
+                        follower.builder.step()
                 except Exception as error:  # noqa: BLE001 - what a foreign component raises is not one class
                     silent.append(f"{name} alone: {' '.join(str(error).split())[:120]}")
                     break

@@ -125,14 +125,14 @@ def work_seconds(work: Work, speed: Speeds) -> float:
         case "group_norm":
             # The reduction runs in one block a group; then all is read again and written.
             per_group = float(data["group_norm_bytes_per_s_a_group"]["value"])
-            reading = work.moved_bytes / 2 / min(work.dims[0] * per_group, speed.memory_bytes_per_s)
+            reading = work.moved_bytes / 2 / min(max(1, work.dims[0]) * per_group, speed.memory_bytes_per_s)
             return max(reading + moving, shortest)
     return max(moving, shortest)
 
 
 def _fill(batch: int, m: int, n: int, speed: Speeds) -> float:
     """Return the share of multiprocessors that a product's tiles keep busy."""
-    if not speed.multiprocessors:
+    if not speed.multiprocessors or not batch * m * n:
         return 1.0
     tile = _data()["matmul_tile"]
     tiles = batch * math.ceil(m / tile["rows"]) * math.ceil(n / tile["columns"])
@@ -168,7 +168,10 @@ def _conv_flop(work: Work) -> int:
 
 
 def phases(trace: Trace, make: Callable[[], Placement], speed: Speeds, steps: int | None) -> tuple[PhaseSeconds, ...]:
-    """Return the seconds of each phase. Steps beyond those traced are taken to be like the last of them."""
+    """Return the seconds of each phase. Steps beyond those traced are taken to be like the last of them.
+
+    So are steps that were traced and are not asked for.
+    """
     placement = make()
     taking = [work_seconds(w, speed) for w in trace.works]
     waits = [w.kind == "wait" for w in trace.works]
@@ -233,11 +236,11 @@ def phases(trace: Trace, make: Callable[[], Placement], speed: Speeds, steps: in
 
 
 def _repeat(found: list[list[Any]], step_ends: list[tuple[int, float]], steps: int | None) -> None:
-    """Add the steps that were not traced, each as long as the last that was."""
-    if steps is None or len(step_ends) < 2 or steps <= len(step_ends):
+    """Add the steps that were not traced, or take off what is too many, each as long as the last that was traced."""
+    if steps is None or len(step_ends) < 2:
         return
     (_, before), (phase, last) = step_ends[-2:]
-    found[phase][1] += (steps - len(step_ends)) * (last - before)
+    found[phase][1] += max((steps - len(step_ends)) * (last - before), -found[phase][1])
 
 
 def load_seconds(stored_bytes: int, resident_bytes: int, speed: Speeds) -> float:

@@ -84,8 +84,9 @@ class Placement:
         for weight in module.weights:
             if weight.dtype in ITEM_BYTES:
                 stored = self.casting.stored_bytes(weight)
-                slot = self._new_slot(stored)
-                self._slots[weight.storage] = slot
+                slot = self._slots.get(weight.storage)
+                if slot is None:
+                    slot = self._slots[weight.storage] = self._new_slot(stored)
                 found.append(Cast(slot=slot, stored_bytes=stored, computed_bytes=self.casting.computed_bytes(weight)))
         return tuple(found)
 

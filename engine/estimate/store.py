@@ -22,7 +22,7 @@ from engine import paths, versions
 from engine.estimate import tracefile, workspaces
 from engine.estimate.dryrunner import DryRunner
 from engine.estimate.trace import Trace
-from engine.facts.model import Model
+from engine.facts.model import Component, Model
 from engine.values import Estimate, Gpu, HostBytes, Interval, Phase, Request, Step
 
 _SHIPPED = Path(__file__).parent / "shipped"
@@ -33,13 +33,15 @@ _ANSWERING = ("estimate/*.py", "gpus/*.json")
 _LIBRARIES = ("torch", "diffusers", "transformers")
 _KEPT_IN_MEMORY = 4
 _dry = DryRunner()
+# What is known of a component's weights as they lie on disk: no matter to a run that has none.
+_OF_FILES = ("stored_dtype", "variants")
 
 
 def key(model: Model, request: Request, dtype: str) -> str:
     """Return what a trace is known by: a hash of all that it depends on but the code that makes it."""
     content = {
         "pipeline": model.pipeline_class,
-        "components": {n: dataclasses.asdict(c) for n, c in model.components.items()},
+        "components": {n: _configured(c) for n, c in model.components.items()},
         "sizes": [request.height, request.width, request.frames, request.batch],
         "guidance": request.guidance,
         "call": dict(request.call),
@@ -48,6 +50,10 @@ def key(model: Model, request: Request, dtype: str) -> str:
     }
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _configured(component: Component) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(component).items() if k not in _OF_FILES}
 
 
 @functools.cache
@@ -132,7 +138,8 @@ def case(steps: Sequence[Step], gpu: Gpu, request: Request, stored: Mapping[str,
     """Return what an estimate from one trace is known by."""
     content = [
         [[s.name, dict(s.params)] for s in steps],
-        [gpu.name, gpu.arch, gpu.pcie_generation, gpu.pcie_width, gpu.mig, gpu.cores, gpu.sm_clock_mhz],
+        [gpu.name, gpu.arch, gpu.total_bytes, gpu.pcie_generation, gpu.pcie_width, gpu.mig],
+        [gpu.cores, gpu.sm_clock_mhz, gpu.memory_clock_mhz, gpu.memory_bus_bits],
         request.steps,
         sorted(request.components),
         dict(stored),
@@ -152,7 +159,7 @@ class Answers:
     def _read(self) -> dict[str, Any]:
         try:
             found = json.loads(self._path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -161,7 +168,7 @@ class Answers:
         found = self._new.get(name) or self._old.get(name)
         try:
             return None if found is None else _estimate(found)
-        except (TypeError, KeyError):
+        except (TypeError, KeyError, ValueError):
             return None
 
     def put(self, name: str, estimate: Estimate) -> None:

@@ -225,9 +225,9 @@ def _spliced(events: array[int], chosen: Sequence[Alternative]) -> array[int]:
                 born += 1
                 made += 1
             elif kind == DIED:
-                number = renamed.get(born - 1 - (word >> KIND_BITS))
+                number = renamed.pop(born - 1 - (word >> KIND_BITS), None)
                 if number is None:
-                    continue  # an output of the plain way that this way has not
+                    continue  # an output of the plain way that this way has not, or that has died within it
                 word = (made - 1 - number) << KIND_BITS | DIED
             out.append(word)
 
@@ -238,7 +238,7 @@ def _spliced(events: array[int], chosen: Sequence[Alternative]) -> array[int]:
         copy(alternative.events)
         stands_for = {plain: renamed[other] for plain, other in alternative.outputs}
         for number in range(before, born):
-            renamed.pop(number)
+            renamed.pop(number, None)
         # What was recorded plainly has its own births: those that outlive it are the alternative's now.
         born = before + sum(1 for w in events[alternative.start : alternative.end] if w & KIND_MASK == BORN)
         renamed.update(stands_for)

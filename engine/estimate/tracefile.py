@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import lzma
 import sys
@@ -11,8 +12,13 @@ from typing import Any
 from engine.estimate.trace import EVENT_TYPE, Alternative, Trace, TracedComponent, TracedModule, Weight, Work
 
 _MAGIC = b"dg-run trace 1\n"
-_MAX_BYTES = 256 * 1024**2
+_MAX_TABLE_BYTES = 16 * 1024**2
+_MAX_EVENT_BYTES = 256 * 1024**2
 """What a trace may unpack to: a damaged or hostile file is refused, not filled into memory."""
+_PRESET = 6
+_MAX_PACKER_BYTES = 32 * 1024**2
+"""What unpacking itself may take; the preset's dictionary is 8 MiB."""
+_DAMAGE = (KeyError, ValueError, TypeError, IndexError, AttributeError, RecursionError, lzma.LZMAError, EOFError)
 
 
 class BadTrace(ValueError):
@@ -37,9 +43,9 @@ def dump(trace: Trace) -> bytes:
         "assumptions": trace.assumptions,
         "lengths": [len(s) for s in streams],
     }
-    table = json.dumps(header, separators=(",", ":")).encode()
-    events = b"".join(_little(s).tobytes() for s in streams)
-    return _MAGIC + lzma.compress(len(table).to_bytes(4, "little") + table + events, preset=9)
+    table = lzma.compress(json.dumps(header, separators=(",", ":")).encode(), preset=_PRESET)
+    events = lzma.compress(b"".join(_little(s).tobytes() for s in streams), preset=_PRESET)
+    return _MAGIC + len(table).to_bytes(4, "little") + table + events
 
 
 def load(content: bytes) -> Trace:
@@ -47,17 +53,10 @@ def load(content: bytes) -> Trace:
     if not content.startswith(_MAGIC):
         raise BadTrace("this is not a trace of this version")
     try:
-        packed = _unpacked(content[len(_MAGIC) :])
-        length = int.from_bytes(packed[:4], "little")
-        header = json.loads(packed[4 : 4 + length])
-        packed = packed[4 + length :]
-        streams = []
-        for count in header["lengths"]:
-            events = array(EVENT_TYPE)
-            size = count * events.itemsize
-            events.frombytes(packed[:size])
-            streams.append(_little(events))
-            packed = packed[size:]
+        start = len(_MAGIC) + 4
+        length = int.from_bytes(content[len(_MAGIC) : start], "little")
+        header = json.loads(_unpacked(content[start : start + length], _MAX_TABLE_BYTES))
+        streams = _streams(_unpacked(content[start + length :], _MAX_EVENT_BYTES), header["lengths"])
         return Trace(
             pipeline_class=header["pipeline_class"],
             components=tuple(_read_component(c) for c in header["components"]),
@@ -75,16 +74,27 @@ def load(content: bytes) -> Trace:
             basis=header["basis"],
             assumptions=tuple(header["assumptions"]),
         )
-    except (KeyError, ValueError, TypeError, IndexError, EOFError, lzma.LZMAError) as error:
+    except _DAMAGE as error:
         raise BadTrace(f"this trace is damaged: {error}") from error
 
 
-def _unpacked(content: bytes) -> bytes:
-    unpacker = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_MAX_BYTES)
-    found = unpacker.decompress(content, _MAX_BYTES)
+def _unpacked(content: bytes, most: int) -> bytes:
+    unpacker = lzma.LZMADecompressor(format=lzma.FORMAT_XZ, memlimit=_MAX_PACKER_BYTES)
+    found = unpacker.decompress(content, most)
     if not unpacker.eof:
-        raise BadTrace("this trace is larger than any trace, or cut off")
+        raise BadTrace("this trace is cut off, or larger than any trace")
     return found
+
+
+def _streams(packed: bytes, lengths: list[int]) -> list[array[int]]:
+    """Return the streams of events that follow one another. Raises: BadTrace, where they are not all that is there."""
+    events = array(EVENT_TYPE)
+    events.frombytes(packed)
+    events = _little(events)
+    if any(n < 0 for n in lengths) or sum(lengths) != len(events):
+        raise BadTrace("this trace has not the events that it says")
+    ends = list(itertools.accumulate(lengths, initial=0))
+    return [events[start:end] for start, end in itertools.pairwise(ends)]
 
 
 def _little(events: array[int]) -> array[int]:
