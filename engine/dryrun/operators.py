@@ -145,6 +145,9 @@ def _value(item: Any) -> Any:
     return item if value is None else value.item()
 
 
+_MAKE_TENSORS = (torch.tensor, torch.as_tensor)
+
+
 class Target(TorchFunctionMode):
     """Compute on meta as `target` ("cpu" or "cuda") would."""
 
@@ -155,18 +158,23 @@ class Target(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given = dict(kwargs or {})
-        if func in (torch.tensor, torch.as_tensor) and args:
-            # It works beneath every mode: hand it values, and keep the value of what it makes.
-            args = (tree_map(_value, args[0]), *args[1:])
-            made = func(*args, **given)
-            if made.device.type == "meta" and twins.twin(made) is None and not isinstance(args[0], Tensor):
-                twins.give(made, func(*args, **given | {"device": "cpu"}))
-            return made
+        given = {} if kwargs is None else kwargs
         answer = self._answers.get(func)
-        first = next((a for a in (*args, *given.values()) if isinstance(a, Tensor)), None)
-        if answer is not None and first is not None and first.device.type == "meta":
-            result = answer(*args, **given)
-            if result is not NotImplemented:
-                return result
+        if answer is not None:
+            first = next((a for a in (*args, *given.values()) if isinstance(a, Tensor)), None)
+            if first is not None and first.device.type == "meta":
+                result = answer(*args, **given)
+                if result is not NotImplemented:
+                    return result
+        elif func in _MAKE_TENSORS and args:
+            return _made(func, args, given)
         return func(*args, **given)
+
+
+def _made(func: Any, args: tuple[Any, ...], given: Mapping[str, Any]) -> Any:
+    """Make a tensor of values. It works beneath every mode: hand it values, and keep the value of what it makes."""
+    args = (tree_map(_value, args[0]), *args[1:])
+    made = func(*args, **given)
+    if made.device.type == "meta" and twins.twin(made) is None and not isinstance(args[0], Tensor):
+        twins.give(made, func(*args, **{**given, "device": "cpu"}))
+    return made

@@ -36,7 +36,6 @@ _ATTENTIONS = {
 }
 
 
-@cache
 def _starts_nothing(func: Any) -> bool:
     """Whether an operator only gives another view of what is there."""
     if func in _NOTHING:
@@ -47,31 +46,63 @@ def _starts_nothing(func: Any) -> bool:
 
 def of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, device: str) -> Work | None:
     """Return the work of one operator on `device`, or None where the device has nothing to do."""
-    if func in _WAITS:
-        return Work("wait", "", (), 0)
-    if _starts_nothing(func):
+    kind = _kind(func)
+    if kind == "nothing":
         return None
-    out = [t for t in tensors_in((result,)) if t.device.type == device]
-    read = [t for t in (*tensors_in(args), *tensors_in(kwargs.values())) if t.device.type == device]
-    if not out:
+    if kind == "wait":
+        return _WAIT
+    moved, dtype = 0, None
+    for tensor in tensors_in((result,)):
+        if tensor.device.type == device:
+            dtype = dtype or tensor.dtype
+            moved += tensor.nbytes
+    read = 0
+    for tensor in tensors_in((*args, *kwargs.values()) if kwargs else args):
+        if tensor.device.type == device:
+            read += tensor.nbytes
+    if dtype is None:
         # A copy to the host: it waits for everything before it.
-        return Work("wait", "", (), 0) if read else None
-    is_written_in_place = any(o is t for o in out for t in read)
-    moved = sum(t.numel() * t.element_size() for t in read) + sum(
-        t.numel() * t.element_size() for t in out if not (is_written_in_place and func is aten.copy_.default)
-    )
-    dtype = str(out[0].dtype).removeprefix("torch.")
+        return _WAIT if read else None
+    if func is not aten.copy_.default:  # which does not read what it writes to
+        moved += read
+    else:
+        moved += read - tensors_in(args[:1])[0].nbytes
+    name = _dtype_name(dtype)
+    match kind:
+        case "matmul":
+            return Work("matmul", name, _matmul(args), moved)
+        case "conv":
+            return Work("conv", name, _conv(args, result), moved)
+        case "attention":
+            query, key = args[0], args[1]
+            batch, heads, queries, width = query.shape
+            return Work("attention", name, (batch, heads, queries, key.shape[2], width, _ATTENTIONS[func]), moved)
+        case "group_norm":
+            return Work("group_norm", name, (args[3] * args[6],), moved)
+    return Work("memory", name, (), moved)
+
+
+_WAIT = Work("wait", "", (), 0)
+
+
+@cache
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@cache
+def _kind(func: Any) -> str:
+    if func in _WAITS:
+        return "wait"
+    if _starts_nothing(func):
+        return "nothing"
     if func in _MATMULS:
-        return Work("matmul", dtype, _matmul(args), moved)
+        return "matmul"
     if func in _CONVS:
-        return Work("conv", dtype, _conv(args, out[0]), moved)
+        return "conv"
     if func in _ATTENTIONS:
-        query, key = args[0], args[1]
-        batch, heads, queries, width = query.shape
-        return Work("attention", dtype, (batch, heads, queries, key.shape[2], width, _ATTENTIONS[func]), moved)
-    if func is aten.native_group_norm.default:
-        return Work("group_norm", dtype, (args[3] * args[6],), moved)
-    return Work("memory", dtype, (), moved)
+        return "attention"
+    return "group_norm" if func is aten.native_group_norm.default else "memory"
 
 
 def _matmul(args: tuple[Any, ...]) -> tuple[int, ...]:
