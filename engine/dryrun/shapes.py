@@ -56,7 +56,7 @@ class Operator:
             return self.func(*args, **kwargs)
         try:
             named = [(k, _described(v)) for k, v in kwargs.items()] if kwargs else ()
-            kind = (self.func, torch.get_default_dtype(), *map(_described, args), *named)
+            kind = (id(self), torch.get_default_dtype(), *map(_described, args), *named)
             known = _kinds.get(kind)
         except TypeError:
             return self.func(*args, **kwargs)
@@ -88,14 +88,15 @@ class Operator:
         return result
 
 
-_operators: dict[Any, Operator] = {}
+# By `id`, since an operator's hash is computed in Python each time; what is kept here keeps its number.
+_operators: dict[int, Operator] = {}
 
 
 def of(func: Any) -> Operator:
     """Return what is known of an operator."""
-    known = _operators.get(func)
+    known = _operators.get(id(func))
     if known is None:
-        known = _operators[func] = _read(func)
+        known = _operators[id(func)] = _read(func)
     return known
 
 

@@ -84,7 +84,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """
     seen = _seen(args) | _seen(kwargs.values()) if kwargs else _seen(args)
     has_values = not seen & _VALUELESS
-    answer = _ANSWERS.get(func)
+    answer = _ANSWERS.get(id(func))
     if answer is not None:
         answered = answer(func, args, kwargs, has_values)
         if answered is not NotImplemented:
@@ -323,7 +323,7 @@ def _spread(func: Any, args: Any, kwargs: Any, has_values: bool) -> Any:
     return result
 
 
-_ANSWERS: dict[Any, Callable[[Any, Any, Any, bool], Any]] = {
+_ANSWERED: dict[Any, Callable[[Any, Any, Any, bool], Any]] = {
     aten._local_scalar_dense.default: _read,
     aten.equal.default: _read,
     aten.is_nonzero.default: _read,
@@ -338,3 +338,5 @@ _ANSWERS: dict[Any, Callable[[Any, Any, Any, bool], Any]] = {
     aten.copy_.default: _copied_out,
     aten.topk.default: _spread,
 }
+# By `id`, since an operator's hash is computed in Python each time.
+_ANSWERS = {id(func): answer for func, answer in _ANSWERED.items()}
