@@ -53,6 +53,11 @@ def _estimate(plan: Plan) -> list[tuple[str, str]]:
             f" are needed: {fits}\n" + "\n".join(phases),
         )
     ]
+    if taken.basis == "component":
+        rows.append(
+            ("basis", "component by component, since the pipeline itself could not be dry-run: a wide interval")
+        )
+    rows += [("assumed", text) for text in taken.assumptions]
     if taken.host_bytes is not None:
         pinned = taken.host.pinned_bytes or 0
         rows.append(

@@ -260,6 +260,8 @@ class Estimate:
     calibrated: bool = False
     interval: Interval = Interval()
     phases: tuple[Phase, ...] = ()
+    assumptions: tuple[str, ...] = ()
+    """What the dry run took as given, or could not run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,6 +33,10 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Weights are not activations: a policy places them, later. Holding them keeps their keys from being used again.
         self._known = {s._cdata: s for s in (t.untyped_storage() for t in known)}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and being wrapped against it costs as much as the rest
+
     @contextlib.contextmanager
     def aside(self) -> Iterator[tuple[Any, list[int]]]:
         """Record a stretch that stands beside the run: gives its events, and fills in what is alive at its end.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -42,20 +43,24 @@ def record(pipe: Any, call: dict[str, Any], target: str, ways: Sequence[str] = (
 
 @contextlib.contextmanager
 def steps_marked(pipe: Any, follower: Follower) -> Iterator[None]:
-    """Let every step of the scheduler mark the end of a denoising step."""
+    """Let every step of the scheduler mark the end of a denoising step.
+
+    Pipelines copy their scheduler, for sound or frame by frame: a bound method is bound anew to the copy, whose steps
+    are its own, and are not marked.
+    """
     scheduler: Any = getattr(pipe, "scheduler", None)
-    real = getattr(scheduler, "step", None)
-    if real is None:
+    if not hasattr(scheduler, "step"):
         yield
         return
 
-    @functools.wraps(real)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        result = real(*args, **kwargs)
-        follower.builder.step()
+    @functools.wraps(type(scheduler).step)
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = type(self).step(self, *args, **kwargs)
+        if self is scheduler:
+            follower.builder.step()
         return result
 
-    scheduler.step = step
+    scheduler.step = types.MethodType(step, scheduler)
     try:
         yield
     finally:

@@ -11,15 +11,12 @@ from typing import Any
 
 import torch
 
-from engine.dryrun import build, components, inputs, record
+from engine.dryrun import build, components, inputs, record, twins
 from engine.dryrun.follow import Follower
 from engine.errors import ModelError, UsageError
-from engine.estimate.trace import Trace
+from engine.estimate.trace import TRACED_STEPS, Trace
 from engine.facts.model import Model
 from engine.values import Request
-
-STEPS = 2
-"""Denoising steps that are traced: what is held differs between the first and the second, and then no more."""
 
 
 def trace(model: Model, request: Request, dtype: str, target: str = "cuda") -> Trace:
@@ -38,12 +35,14 @@ def trace(model: Model, request: Request, dtype: str, target: str = "cuda") -> T
             width=request.width,
             frames=request.frames,
             batch=request.batch,
-            steps=STEPS,
+            steps=TRACED_STEPS,
             guidance=request.guidance,
             extra=request.call,
         )
         try:
-            return record.record(pipe, call, target, ways(request.batch))
+            with twins.assumed() as assumed:
+                made = record.record(pipe, call, target, ways(request.batch))
+            return replace(made, assumptions=(*build.notes(pipe), *sorted(assumed)))
         except UsageError:
             raise
         except Exception as error:  # noqa: BLE001 - what a foreign pipeline raises is not one class

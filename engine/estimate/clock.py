@@ -18,7 +18,7 @@ from typing import Any
 
 from engine import gpus
 from engine.estimate.placements import DROP, EMPTY, FETCH, LOAD, STORE, WAIT, Placement, SequentialOffload
-from engine.estimate.trace import BEGIN, END, KIND_BITS, KIND_MASK, PHASE, STEP, WORK, Trace, Work
+from engine.estimate.trace import BEGIN, END, KIND_BITS, KIND_MASK, PHASE, STEP, TRACED_STEPS, WORK, Trace, Work
 from engine.gpus import Rates
 from engine.values import Gpu
 
@@ -236,11 +236,22 @@ def phases(trace: Trace, make: Callable[[], Placement], speed: Speeds, steps: in
 
 
 def _repeat(found: list[list[Any]], step_ends: list[tuple[int, float]], steps: int | None) -> None:
-    """Add the steps that were not traced, or take off what is too many, each as long as the last that was traced."""
-    if steps is None or len(step_ends) < 2:
+    """Add the steps that were not traced, each as long as the last that was.
+
+    Some schedulers are called more often than once a step, all but the first: the last step is then the later half of
+    the calls. Where no call was seen at all the whole of denoising is repeated.
+    """
+    if steps is None or steps <= TRACED_STEPS:
         return
-    (_, before), (phase, last) = step_ends[-2:]
-    found[phase][1] += max((steps - len(step_ends)) * (last - before), -found[phase][1])
+    more = steps - TRACED_STEPS
+    if len(step_ends) < TRACED_STEPS:
+        for entry in found:
+            if entry[0].startswith("denoise"):
+                entry[1] *= steps / TRACED_STEPS
+        return
+    calls = max(1, (len(step_ends) + 1) // TRACED_STEPS)
+    phase, last = step_ends[-1]
+    found[phase][1] += more * (last - step_ends[-1 - min(calls, len(step_ends) - 1)][1])
 
 
 def load_seconds(stored_bytes: int, resident_bytes: int, speed: Speeds) -> float:

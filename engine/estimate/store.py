@@ -198,5 +198,6 @@ def _estimate(content: Mapping[str, Any]) -> Estimate:
             "host": HostBytes(**parts["host"]),
             "interval": Interval(**parts["interval"]),
             "phases": tuple(Phase(**p) for p in parts["phases"]),
+            "assumptions": tuple(parts["assumptions"]),
         }
     )

@@ -26,6 +26,8 @@ STEP   a denoising step has ended
 KIND_BITS = 3
 KIND_MASK = (1 << KIND_BITS) - 1
 EVENT_TYPE = "I"
+TRACED_STEPS = 2
+"""Denoising steps that are traced: what is held differs between the first and the second, and then no more."""
 
 _SIGNS = {BORN: "+", DIED: "-", BEGIN: ">", END: "<", PHASE: "=", WORK: "*", STEP: "|"}
 

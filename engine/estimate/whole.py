@@ -120,6 +120,7 @@ def estimate(
             low_seconds=None if seconds is None else round(sum(seconds["high"].values()) * SECONDS_LOW, 3),
             high_seconds=None if seconds is None else round(sum(seconds["low"].values()) * SECONDS_HIGH, 3),
         ),
+        assumptions=trace.assumptions,
         phases=_phases(usual, reserved.allocated_bytes, None if seconds is None else seconds["value"]),
     )
 
