@@ -351,7 +351,6 @@ def test_without_torch_nothing_is_estimated_and_the_notes_say_why(cache: Path, m
     [
         ([], {}, "estimates are of a card's memory, and this runs without one"),
         ([card(arch=None)], {}, "the card's compute capability is not known: name a card of the table (--gpu)"),
-        ([card()], {"optimizers": ["xdit"]}, "xdit runs on several cards, and estimates are of one"),
     ],
 )
 def test_why_there_is_no_estimate_is_said(gpus: list[Gpu], more: dict[str, Any], because: str) -> None:
