@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping, Sequence
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import engine
-from engine import optimizers
+from engine import optimizers, validation
 from engine.estimate import placements, whole
 from engine.estimate.trace import Builder, Trace, TracedModule, Work
 from engine.plan import Plan
@@ -288,3 +290,20 @@ def test_more_steps_take_so_much_longer_each_and_no_more_memory() -> None:
     assert three - two == pytest.approx(two - one, abs=0.002)
     assert hundred - two == pytest.approx(98 * (three - two), rel=0.1)
     assert len({e.peak_allocated_bytes for e in found}) == 1
+
+
+def test_a_choice_with_estimates_fits_and_says_what_the_others_would_take() -> None:
+    made = engine.resolve(hardware=machine(card(name=RTX_4090)))
+    assert made.fits is True
+    assert made.profile is not None
+    assert made.profile.name in ("low", "medium")
+    slow = {r.profile: r.because for r in made.rejected if r.rule == "preferred"}["extreme-low"]
+    assert f"where {made.profile.name} takes {made.estimate.seconds:.2f}" in slow
+    assert "it fits" in made.explain()
+
+
+def test_a_plan_with_estimates_obeys_its_schema_and_survives_json() -> None:
+    made = engine.resolve(hardware=machine(card(name=RTX_4090)))
+    text = made.to_json()
+    jsonschema.Draft202012Validator(json.loads(validation.schema_text("plan"))).validate(json.loads(text))
+    assert Plan.from_json(text) == made
