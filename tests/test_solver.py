@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import engine
-from engine import documents, optimizers, profiles
+from engine import documents, facts, optimizers, profiles, solver
 from engine.errors import IncompatibleError
 from engine.plan import Plan
+from engine.solver import Decision, Situation
 from engine.units import parse_size
-from engine.values import Hardware
+from engine.values import Estimate, Hardware, Phase, Request, Step
 from tests.conftest import GIB, card, machine
 
 SCENARIOS = sorted((Path(__file__).parent / "scenarios").glob("*.yaml"))
@@ -131,3 +133,125 @@ def test_an_exact_list_is_the_whole_list_plus_where_the_weights_are() -> None:
     bare = engine.resolve(optimizers=[], hardware=machine(card()))
     assert [s.name for s in bare.optimizers] == ["resident"]
     assert [n.kind for n in bare.notes] == ["default", "not_estimated"]
+
+
+# With estimates, from tables of them: no dry run.
+
+SIZES = st.integers(0, 60 * GIB)
+ESTIMATES = st.builds(
+    lambda required, more, host, seconds: Estimate(
+        required_bytes=required,
+        device_bytes=required + more,
+        host_bytes=host,
+        seconds=seconds,
+        quality="exact",
+        phases=(Phase(name="denoise", peak_bytes=required),),
+    ),
+    SIZES,
+    SIZES,
+    SIZES,
+    st.none() | st.floats(0, 1000),
+)
+PLACEMENTS = ("resident", "model_offload", "sequential_offload", "group_offload")
+TABLES = st.fixed_dictionaries(dict.fromkeys(PLACEMENTS, ESTIMATES))
+Table = dict[str, Estimate]
+
+
+def situation(table: Table, free_bytes: int | None, budget_bytes: int | None, host_bytes: int | None) -> Situation:
+    """Return the embedded model on a card with so much free, where a run takes what the table says of its placement."""
+
+    def estimate(steps: Sequence[Step]) -> Estimate:
+        placement = optimizers.placement(steps)
+        return table["resident" if placement is None else placement.name]
+
+    return Situation(
+        request=Request(model="embedded", height=2048, width=2048),
+        model=facts.find(None),
+        gpu=card(None if free_bytes is None else free_bytes / GIB),
+        estimate=estimate,
+        budget_bytes=budget_bytes,
+        host_budget_bytes=host_bytes,
+    )
+
+
+def chosen(table: Table, free_bytes: int, host_bytes: int | None = None) -> Decision:
+    budget = max(0, free_bytes - 512 * 2**20)
+    return solver.choose(situation(table, free_bytes, budget, host_bytes), profiles.built_in())
+
+
+@given(TABLES, SIZES, SIZES, st.none() | SIZES)
+def test_more_free_vram_never_makes_a_run_slower_nor_what_fits_not_fit(
+    table: Table, one: int, other: int, host: int | None
+) -> None:
+    less, more = (chosen(table, free, host) for free in sorted((one, other)))
+    if less.fits:
+        assert more.fits
+    if all(e.seconds is not None for e in table.values()) and less.estimate.seconds is not None:
+        # A hundredth of a second decides nothing: within it quality and room do.
+        assert more.estimate.seconds is not None
+        assert more.estimate.seconds <= less.estimate.seconds + 0.01
+
+
+@given(TABLES, SIZES, st.none() | SIZES)
+def test_what_is_rejected_for_its_bytes_is_short_by_exactly_what_is_missing(
+    table: Table, free: int, host: int | None
+) -> None:
+    decision = chosen(table, free, host)
+    budget = max(0, free - 512 * 2**20)
+    for rejection in decision.rejected:
+        placement = optimizers.placement(rejection.optimizers)
+        assert placement is not None
+        taken = table[placement.name]
+        assert taken.required_bytes is not None
+        assert taken.host_bytes is not None
+        if rejection.rule == "estimate.device":
+            assert rejection.short_bytes == taken.required_bytes - budget > 0
+        elif rejection.rule == "estimate.host":
+            assert host is not None
+            assert taken.required_bytes <= budget
+            assert rejection.short_bytes == taken.host_bytes - host > 0
+        elif rejection.rule == "preferred":
+            assert taken.required_bytes <= budget
+    if decision.profile is not None:
+        assert decision.estimate.required_bytes is not None
+        assert decision.estimate.required_bytes <= budget
+        assert host is None or (decision.estimate.host_bytes or 0) <= host
+
+
+@given(TABLES, SIZES)
+def test_of_those_that_fit_the_fastest_is_chosen(table: Table, free: int) -> None:
+    decision = chosen(table, free)
+    passed = [optimizers.placement(r.optimizers) for r in decision.rejected if r.rule == "preferred"]
+    times = [table[p.name].seconds for p in passed if p is not None]
+    known = [t for t in times if t is not None]
+    if decision.estimate.seconds is not None and len(known) == len(times):
+        assert all(decision.estimate.seconds <= t + 0.01 for t in known)
+    assert decision.fits is (decision.profile is not None)
+
+
+@given(ESTIMATES, st.none() | SIZES, st.none() | SIZES)
+def test_an_exact_list_fits_where_both_memories_hold_it_and_is_not_known_to_where_the_cards_is_not(
+    taken: Estimate, budget: int | None, host: int | None
+) -> None:
+    table = dict.fromkeys(PLACEMENTS, taken)
+    decision = solver.exact(situation(table, None, budget, host), [optimizers.spec("resident").step()])
+    device_short = budget is not None and (taken.required_bytes or 0) > budget
+    host_short = host is not None and (taken.host_bytes or 0) > host
+    assert decision.fits is (False if device_short or host_short else None if budget is None else True)
+    assert [r.rule for r in decision.rejected] == (
+        ["estimate.device"] if device_short else ["estimate.host"] if host_short else []
+    )
+
+
+def test_equal_seconds_go_by_quality_and_then_by_room() -> None:
+    """1.004 and 0.996 seconds are one second: the placement that leaves more room free is taken."""
+    table = {name: Estimate(required_bytes=GIB, host_bytes=0, seconds=9.0, quality="exact") for name in PLACEMENTS}
+    table["resident"] = Estimate(required_bytes=9 * GIB, host_bytes=0, seconds=0.996, quality="exact")
+    table["model_offload"] = Estimate(required_bytes=4 * GIB, host_bytes=0, seconds=1.004, quality="exact")
+    decision = chosen(table, 20 * GIB)
+    assert decision.profile is not None
+    assert decision.profile.name == "low"
+    table["resident"] = Estimate(required_bytes=9 * GIB, host_bytes=0, seconds=0.98, quality="exact")
+    decision = chosen(table, 20 * GIB)
+    assert decision.profile is not None
+    assert decision.profile.name == "medium"

@@ -22,7 +22,8 @@ from engine.estimate.trace import (
 
 def weight(storage: int, size_bytes: int, **more: Any) -> Weight:
     """Return a parameter in float32, unless `more` says otherwise."""
-    return Weight(**{"name": "w", "storage": storage, "size_bytes": size_bytes, "is_buffer": False} | more)
+    usual: dict[str, Any] = {"name": "w", "is_buffer": False}
+    return Weight(storage=storage, size_bytes=size_bytes, **usual | more)
 
 
 def component(name: str, *modules: TracedModule, blocks: tuple[tuple[str, ...], ...] = ()) -> TracedComponent:
@@ -66,16 +67,22 @@ def builders(draw: st.DrawFn, balanced: bool = False) -> Builder:
     """Random runs: components begin and end, storages are born and die, phases and steps pass."""
     made = Builder()
     alive = [made.born(draw(st.integers(0, 10**6)))]
+    seen: list[str] = []
     for name in draw(st.lists(st.sampled_from(COMPONENTS), min_size=1, max_size=5)):
-        made.phase({"text_encoder": "encode", "unet": "denoise", "vae": "decode"}[name])
+        seen.append(name)
+        phase = {"text_encoder": "encode", "unet": "denoise", "vae": "decode"}[name]
+        made.phase(phase if seen.count(name) == 1 else f"{phase}.{seen.count(name)}")
         made.begin(name)
-        for leaf in draw(st.lists(st.sampled_from(["a", "b"]), max_size=3)):
+        # The net's are blocks, which always run one after the other.
+        leaves = ["a", "b"] if name == "unet" else draw(st.lists(st.sampled_from(["a", "b"]), max_size=3))
+        for leaf in leaves:
             made.begin(f"{name}.{leaf}")
             for size in draw(st.lists(st.integers(0, 10**7), max_size=3)):
                 alive.append(made.born(size))
             made.work(draw(WORKS))
             made.end(f"{name}.{leaf}")
-            if alive and draw(st.booleans()):
+            is_over: bool = draw(st.booleans())
+            if alive and is_over:
                 made.died(alive.pop(draw(st.integers(0, len(alive) - 1))))
         made.end(name)
         if name == "unet":

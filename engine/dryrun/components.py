@@ -49,9 +49,8 @@ def _place(name: str) -> int:
 
 
 def _call(name: str, module: nn.Module, request: Request, batch: int) -> None:
-    latents = _latents(module if name == "vae" else None, request, batch)
     if name == "vae":
-        module.decode(latents)  # type: ignore[operator]
+        module.decode(_latents(module, request, batch))  # type: ignore[operator]
     elif record.is_encoder(name):
         ids = torch.zeros(batch, _tokens(module), dtype=torch.long, device="meta")
         module(input_ids=ids)
@@ -70,8 +69,11 @@ def _config(module: nn.Module | None, *names: str) -> Any:
     return next((f for f in found if f is not None), None)
 
 
-def _latents(vae: nn.Module | None, request: Request, batch: int, channels: int | None = None) -> torch.Tensor:
-    """Return latents of the request's size, eight pixels to one: a picture's, or a video's where frames are asked."""
+def _latents(
+    module: nn.Module, request: Request, batch: int, channels: int | None = None, *, is_vae: bool = True
+) -> torch.Tensor:
+    """Return latents of the request's size, eight pixels to one: a picture's, or a video's where one is made of it."""
+    vae = module if is_vae else None
     scale = _config(vae, "scale_factor_spatial", "spatial_compression_ratio") or 8
     widths = _config(vae, "block_out_channels")
     if not isinstance(scale, int):
@@ -80,7 +82,9 @@ def _latents(vae: nn.Module | None, request: Request, batch: int, channels: int 
         scale = 2 ** (len(widths) - 1)
     channels = channels or _config(vae, "latent_channels", "z_dim") or 4
     sides = [(request.height or _SIDE) // scale, (request.width or _SIDE) // scale]
-    time = [] if not request.frames or request.frames == 1 else [(request.frames - 1) // 4 + 1]
+    frames = request.frames or 1
+    is_video = frames > 1 or any(isinstance(m, nn.Conv3d) for m in module.modules())
+    time = [(frames - 1) // 4 + 1] if is_video else []
     dtype = next((p.dtype for p in vae.parameters()), torch.float32) if vae is not None else torch.float32
     return torch.empty(batch, channels, *time, *sides, dtype=dtype, device="meta")
 
@@ -93,19 +97,22 @@ def _arguments(module: nn.Module, request: Request, batch: int) -> Iterator[tupl
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    latents = _latents(None, request, batch, channels).to(dtype)
-    width = _config(module, "joint_attention_dim", "cross_attention_dim", "caption_channels", "text_embed_dim") or 4096
+    latents = _latents(module, request, batch, channels, is_vae=False).to(dtype)
+    # What a text encoder gives: a model that projects it first has another width inside.
+    widths = ("joint_attention_dim", "caption_channels", "text_embed_dim", "text_dim", "cross_attention_dim")
+    width = int(_config(module, *widths) or 4096)
+    words = _TOKENS if width > 2048 else _CLIP_TOKENS
     is_packed = "img_ids" in inspect.signature(module.forward).parameters
     tokens = (request.height or _SIDE) // 16 * ((request.width or _SIDE) // 16)
     known = {
         "sample": latents,
         "hidden_states": empty(batch, tokens, channels) if is_packed else latents,
-        "encoder_hidden_states": empty(batch, _TOKENS if width > 2048 else _CLIP_TOKENS, int(width)),
+        "encoder_hidden_states": empty(batch, words, width),
         "timestep": empty(batch),
         "pooled_projections": empty(batch, _config(module, "pooled_projection_dim") or 768),
         "guidance": empty(batch),
         "img_ids": empty(tokens, 3),
-        "txt_ids": empty(_TOKENS, 3),
+        "txt_ids": empty(words, 3),
     }
     for name, parameter in inspect.signature(module.forward).parameters.items():
         is_needed = parameter.default is inspect.Parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD

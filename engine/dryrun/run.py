@@ -59,7 +59,7 @@ def _by_component(pipe: Any, request: Request, target: str, because: str) -> Tra
     follower = Follower("meta", [t for m in modules.values() for t in (*m.parameters(), *m.buffers())])
     silent = components.trace_each(modules, follower, request, target)
     made = record.trace(pipe, modules, follower)
-    if not made.works:
+    if len(silent) == len(modules):
         raise ModelError(
             f"{request.model} cannot be dry-run", f"{because}; {'; '.join(silent)}", "report this with the model's name"
         )

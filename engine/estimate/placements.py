@@ -162,7 +162,7 @@ class ModelOffload(Placement):
             self.here.remove(previous)
             yield Move(STORE, self.parts[previous])
             yield _EMPTY
-        if path not in self.here:
+        if path in self.parts and path not in self.here:
             self.here.add(path)
             yield Move(LOAD, self.parts[path])
 
@@ -207,12 +207,13 @@ class SequentialOffload(Placement):
         return path in self.fetched
 
     def begin(self, path: str) -> Iterable[Move]:
-        for slot in self.fetched[path]:
+        for slot in self.fetched.get(path, ()):
             yield Move(LOAD, (slot,))
             yield _EMPTY
 
     def end(self, path: str) -> Iterable[Move]:
-        yield Move(DROP, self.fetched[path])
+        if path in self.fetched:
+            yield Move(DROP, self.fetched[path])
 
 
 class GroupOffload(Placement):

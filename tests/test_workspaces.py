@@ -1,0 +1,157 @@
+"""What CUDA's libraries take beside tensors, worked out by hand against the evidence that the data names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import engine.gpus
+from engine.estimate import workspaces
+from engine.estimate.stream import Taken
+from engine.estimate.trace import Work
+from engine.units import GIB, MIB
+
+DATA = Path(engine.gpus.__file__).parent
+
+
+def conv(
+    dtype: str = "float16",
+    *,
+    batch: int = 1,
+    channels: tuple[int, int] = (256, 256),
+    side: int = 1024,
+    kernel: int = 3,
+    groups: int = 1,
+    dimensions: int = 2,
+) -> Work:
+    """Return a convolution that keeps the size of a square picture (or a cube)."""
+    each = ([side], [kernel], [1], [1], [side])
+    sizes = [n for one in each for n in one * dimensions]
+    return Work("conv", dtype, (batch, *channels, groups, 0, *sizes), 0)
+
+
+def test_half_precision_on_ampere_converts_input_and_output_and_the_filters() -> None:
+    """pytorch #123533, 256 to 256 channels at six widths: input + output to within 0.02 GiB.
+
+    At 1024 x 1024 each is 256 x 1024 x 1024 x 2 bytes = 0.5 GiB; the filters are 256 x 256 x 9 x 2 bytes.
+    """
+    taken = workspaces.taken(conv(), (8, 0))
+    assert taken == Taken(bytes=GIB + 1_179_648, is_given_up=True)
+    assert taken.bytes - GIB < 0.02 * GIB
+
+
+def test_half_precision_before_ampere_converts_the_input_alone() -> None:
+    assert workspaces.convolution_bytes(conv(), (7, 5)) == 512 * MIB + 1_179_648
+
+
+def test_float32_converts_nothing_before_ampere_and_the_input_from_then_on() -> None:
+    """pytorch #50990: 512 channels at 84 x 84 on a V100, 1.1 MB. pytorch #128947, an A100: the input, 8.0 GiB.
+
+    Such an input: 32 channels of 406 x 406 x 406 float32, 32 x 66,923,416 x 4 = 8,566,197,248 bytes (7.98 GiB),
+    and filters to 8 channels: 32 x 8 x 27 x 4 = 27,648. To as many channels as 32 the output is of 2^31 elements.
+    """
+    assert workspaces.convolution_bytes(conv("float32", channels=(512, 512), side=84), (7, 0)) == 0
+    video = conv("float32", channels=(32, 8), side=406, dimensions=3)
+    assert workspaces.convolution_bytes(video, (8, 0)) == 8_566_197_248 + 27_648
+
+
+def test_channels_are_padded_to_whole_groups_of_eight() -> None:
+    """The picture's own convolution, 128 to 3 channels: the output counts 8, and so do the filters."""
+    work = conv(channels=(128, 3), side=512)
+    pixels = 512 * 512
+    assert workspaces.converted_bytes(work, ["output"]) == pixels * 8 * 2 + 128 * 8 * 9 * 2
+    assert workspaces.converted_bytes(work, ["input"]) == pixels * 128 * 2 + 128 * 8 * 9 * 2
+
+
+def test_grouped_filters_are_so_many_times_fewer() -> None:
+    work = conv(channels=(64, 64), side=16, groups=4)
+    assert workspaces.converted_bytes(work, ["input"]) == 16 * 16 * 64 * 2 + 64 * 64 // 4 * 9 * 2
+
+
+def test_a_depthwise_convolution_takes_nothing() -> None:
+    assert workspaces.convolution_bytes(conv(channels=(64, 64), groups=64), (8, 0)) == 0
+    assert workspaces.convolution_bytes(conv(channels=(1, 1)), (8, 0)) > 0  # one channel is no group
+
+
+def test_an_output_of_two_to_the_31_elements_is_not_converted() -> None:
+    """FLUX.1-dev's decoder at batch 8: 8 x 256 x 1024 x 1024 = 2^31. At batch 7 there is one."""
+    assert 8 * 256 * 1024 * 1024 == 2**31
+    assert workspaces.convolution_bytes(conv(batch=8), (8, 0)) == 0
+    assert workspaces.convolution_bytes(conv(batch=7), (8, 0)) == 7 * GIB + 1_179_648
+
+
+def test_a_convolution_in_float64_is_not_cudnns() -> None:
+    assert workspaces.convolution_bytes(conv("float64"), (8, 0)) == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "kernel", "expected"),
+    [
+        ("float16", 512, 2, 2 * 8 * 4096 * 512 * 4),
+        ("bfloat16", 136, 2, 2 * 8 * 4096 * 136 * 4),
+        ("bfloat16", 128, 2, 0),
+        ("float32", 512, 2, 0),
+        ("bfloat16", 256, 1, 0),
+    ],
+)
+def test_the_memory_efficient_kernel_accumulates_wide_heads_in_float32(
+    dtype: str, width: int, kernel: int, expected: int
+) -> None:
+    work = Work("attention", dtype, (2, 8, 4096, 77, width, kernel), 0)
+    assert workspaces.taken(work, (8, 0)) == Taken(bytes=expected)
+
+
+def test_products_share_one_workspace_for_good() -> None:
+    """2 x 4096 KiB + 8 x 16 KiB = 8320 KiB; from 9.0 on 32 MiB."""
+    product = Work("matmul", "float16", (1, 8, 8, 8), 0)
+    assert workspaces.taken(product, (8, 6)) == Taken(for_good_bytes=8320 * 1024)
+    assert workspaces.taken(product, (9, 0)) == workspaces.taken(product, (12, 0)) == Taken(for_good_bytes=32 * MIB)
+
+
+def test_what_only_moves_bytes_takes_nothing() -> None:
+    for kind in ("memory", "wait", "group_norm"):
+        assert workspaces.taken(Work(kind, "float16", (32,), 10**9), (8, 0)) == Taken()
+
+
+@pytest.mark.parametrize(
+    ("capability", "row"),
+    [((6, 1), "7.0"), ((7, 5), "7.0"), ((8, 7), "8.6"), ((8, 9), "8.9"), ((8, 10), "8.9"), ((12, 0), "9.0")],
+)
+def test_a_capability_between_rows_takes_the_lower_one_and_below_all_the_lowest(
+    capability: tuple[int, int], row: str
+) -> None:
+    table = json.loads((DATA / "libraries.json").read_text(encoding="utf-8"))["context_bytes"]
+    assert workspaces.context_bytes(capability) == table[row]["value"]
+
+
+def figures(content: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the entries that hold figures: those with a number, or a list, of their own."""
+    if isinstance(content, dict):
+        if any(isinstance(v, int | float | list) for v in content.values()):
+            yield path, content
+        for key, value in content.items():
+            yield from figures(value, f"{path}/{key}")
+
+
+@pytest.mark.parametrize(
+    ("name", "entry"),
+    [
+        (f"{file}{path}", entry)
+        for file in ("libraries.json", "speeds.json")
+        for path, entry in figures(json.loads((DATA / file).read_text(encoding="utf-8")))
+        if path
+    ],
+)
+def test_every_figure_has_its_evidence(name: str, entry: dict[str, Any]) -> None:
+    assert len(entry["evidence"]) > 20, name
+
+
+def test_no_figure_stands_at_the_top_without_evidence() -> None:
+    """Where a number, or a list of names, stands alone, something beside it says what it is."""
+    for file, known in (("libraries.json", {"context_spread"}), ("speeds.json", {"half_rate_families"})):
+        top = json.loads((DATA / file).read_text(encoding="utf-8"))
+        assert {k for k, v in top.items() if not isinstance(v, dict | str)} == known
