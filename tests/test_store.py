@@ -291,7 +291,7 @@ GPU = dataclasses.replace(card(name="Some Card"), cores=1000, sm_clock_mhz=1000)
 )
 def test_an_answer_is_known_by_what_of_the_card_decides_it(other: dict[str, Any]) -> None:
     def case(gpu: Gpu) -> str:
-        return store.case((), gpu, 8, {})
+        return store.case((), gpu, Request(model="m", steps=8), {})
 
     assert case(dataclasses.replace(GPU, **other)) != case(GPU)
     assert case(dataclasses.replace(GPU, free_bytes=5, index=3, uuid="GPU-1", used_bytes=7)) == case(GPU)
@@ -300,10 +300,10 @@ def test_an_answer_is_known_by_what_of_the_card_decides_it(other: dict[str, Any]
 def test_an_answer_is_known_by_steps_of_either_kind_and_by_how_weights_are_stored() -> None:
     listed = engine.resolve(optimizers=["resident"], device="cpu", hardware=machine()).optimizers
     cases = [
-        store.case((), GPU, 8, {}),
-        store.case(listed, GPU, 8, {}),
-        store.case((), GPU, 9, {}),
-        store.case((), GPU, 8, {"vae": "float16"}),
+        store.case((), GPU, Request(model="m", steps=8), {}),
+        store.case(listed, GPU, Request(model="m", steps=8), {}),
+        store.case((), GPU, Request(model="m", steps=9), {}),
+        store.case((), GPU, Request(model="m", steps=8), {"vae": "float16"}),
     ]
     assert len(set(cases)) == 4
 

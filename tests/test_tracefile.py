@@ -6,10 +6,10 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import lzma
 import random
 import sys
 import tracemalloc
-import zlib
 from array import array
 from typing import Any
 
@@ -131,13 +131,13 @@ def test_any_bytes_are_refused(content: bytes, has_beginning: bool) -> None:
 
 
 def packed(header: Any, events: bytes) -> bytes:
-    table = zlib.compress(header if isinstance(header, bytes) else json.dumps(header).encode())
-    return CONTENT[:START] + len(table).to_bytes(4, "little") + table + zlib.compress(events)
+    table = lzma.compress(header if isinstance(header, bytes) else json.dumps(header).encode())
+    return CONTENT[:START] + len(table).to_bytes(4, "little") + table + lzma.compress(events)
 
 
 def header_of(content: bytes) -> dict[str, Any]:
     length = int.from_bytes(content[START : START + 4], "little")
-    found: dict[str, Any] = json.loads(zlib.decompress(content[START + 4 : START + 4 + length]))
+    found: dict[str, Any] = json.loads(lzma.decompress(content[START + 4 : START + 4 + length]))
     return found
 
 
