@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from engine import optimizers
 from engine.estimate import store
 from engine.estimate.trace import Trace
 from engine.estimate.whole import estimate, within
@@ -31,25 +32,30 @@ class Estimator:
         self.because: str | None = None
         self.trace: Trace | None = None
         self._told = told
-        self._keys: dict[str, str] = {}
+        self._keys: dict[tuple[str, tuple[str, ...]], str] = {}
         self._answers: dict[str, store.Answers] = {}
 
     def __call__(self, steps: Sequence[Step]) -> Estimate:
         """Return what a run under these steps takes; every field None where it is not known.
 
-        Raises: ModelError, UsageError: what the dry run has against the model or its call.
+        Steps that do nothing here are not among them. Raises: ModelError, UsageError, IncompatibleError: what the dry
+        run has against the model, its call, or a step.
         """
         dtype = next((str(s.params["value"]) for s in steps if s.name == "dtype"), "float32")
         self.because = self._unknown(steps, dtype)
         if self.because is not None or self.gpu is None:
             return UNKNOWN
-        wanted = self._keys.get(dtype) or self._keys.setdefault(dtype, store.key(self.model, self.request, dtype))
+        changes = tuple(s for s in steps if optimizers.spec(s.name).changes_computing)
+        asked = dtype, tuple(map(str, changes))
+        wanted = self._keys.get(asked) or self._keys.setdefault(
+            asked, store.key(self.model, self.request, dtype, changes)
+        )
         answers = self._answers.setdefault(wanted, store.Answers(wanted))
         stored = {n: c.stored_dtype for n, c in self.model.components.items()}
         name = store.case(steps, self.gpu, self.request, stored)
         found = answers.get(name)
         if found is None:
-            trace = self._trace(wanted, dtype)
+            trace = self._trace(wanted, dtype, changes)
             if trace is None:
                 return UNKNOWN
             found = estimate(
@@ -78,11 +84,11 @@ class Estimator:
             return "xdit runs on several cards, and estimates are of one"
         return None
 
-    def _trace(self, wanted: str, dtype: str) -> Trace | None:
+    def _trace(self, wanted: str, dtype: str, changes: Sequence[Step]) -> Trace | None:
         found = store.known(wanted)
         if found is None and store.can_trace() and self._told is not None:
             self._told(f"dry run of {self.request.model} (once for each size; some seconds, no weights)")
-        found = found or store.find(self.model, self.request, dtype)
+        found = found or store.find(self.model, self.request, dtype, changes)
         if found is None:
             self.because = "torch, diffusers and transformers are needed for a dry run, and not all are installed"
         self.trace = found or self.trace
