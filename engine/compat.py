@@ -61,7 +61,15 @@ def rules() -> tuple[Rule, ...]:
     )
 
 
-def situation(steps: Sequence[Step], device: str, batch: int, tiling_starts: bool | None) -> dict[str, Any]:
+def situation(
+    steps: Sequence[Step],
+    device: str,
+    batch: int,
+    tiling_starts: bool | None,
+    *,
+    can_fuse_qkv: bool | None = None,
+    can_slice_attention: bool | None = None,
+) -> dict[str, Any]:
     """Return the facts that rules may ask for in `when`; None is not known."""
     params = {s.name: s.params for s in steps}
     compute = params.get("layerwise_casting", {}).get("compute")
@@ -70,6 +78,8 @@ def situation(steps: Sequence[Step], device: str, batch: int, tiling_starts: boo
         "device": device,
         "batch": batch,
         "tiling_starts": tiling_starts,
+        "can_fuse_qkv": can_fuse_qkv,
+        "can_slice_attention": can_slice_attention,
         "casting_computes_in_the_dtype": None if compute is None or dtype == "auto" else compute in ("auto", dtype),
     }
 

@@ -67,7 +67,7 @@ def exact(situation: Situation, steps: Sequence[Step]) -> Decision:
             *notes,
             Note(kind="default", optimizer="dtype", because="no dtype was listed: float32, as the library loads"),
         )
-    taken = situation.estimate(settled)
+    taken = situation.estimate(_acting(settled, found))
     short = _short(taken, situation)
     return Decision(
         profile=None,
@@ -95,7 +95,7 @@ def choose(situation: Situation, profiles: Sequence[Profile]) -> Decision:
             suitable.append((profile, steps, found))
         else:
             rejected.append(reason)
-    candidates = [_Candidate(p, s, f, situation.estimate(s)) for p, s, f in suitable]
+    candidates = [_Candidate(p, s, f, situation.estimate(_acting(s, f))) for p, s, f in suitable]
     fitting = []
     for candidate in candidates:
         short = _short(candidate.estimate, situation)
@@ -206,9 +206,22 @@ def _settle(steps: Sequence[Step], situation: Situation) -> tuple[Step, ...]:
 
 
 def _findings(steps: Sequence[Step], situation: Situation) -> tuple[compat.Finding, ...]:
-    request = situation.request
-    starts = situation.model.tiling_starts(request.height, request.width)
-    return compat.findings(steps, compat.situation(steps, situation.device, request.batch, starts))
+    request, model = situation.request, situation.model
+    facts = compat.situation(
+        steps,
+        situation.device,
+        request.batch,
+        model.tiling_starts(request.height, request.width),
+        can_fuse_qkv=model.can_fuse_qkv,
+        can_slice_attention=model.can_slice_attention,
+    )
+    return compat.findings(steps, facts)
+
+
+def _acting(steps: Sequence[Step], found: Sequence[compat.Finding]) -> tuple[Step, ...]:
+    """Return steps without those that would change what is computed, and do not here: a run passes them over."""
+    idle = {name for f in found if not f.breaks for name in f.subjects if optimizers.spec(name).changes_computing}
+    return tuple(s for s in steps if s.name not in idle)
 
 
 def _constrained(steps: Sequence[Step], request: Request) -> tuple[Step, ...]:

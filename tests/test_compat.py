@@ -11,8 +11,9 @@ import jsonschema
 import pytest
 
 import engine
-from engine import compat, documents, optimizers, paths
+from engine import compat, documents, facts, optimizers, paths
 from engine.errors import IncompatibleError
+from engine.facts import catalogue
 from engine.values import Step
 from tests.conftest import card, machine
 
@@ -27,7 +28,14 @@ ROWS = {
     "layerwise_casting": {"model_offload": True, "sequential_offload": True, "group_offload": True, "xdit": True},
 }
 PAIRS = [(row, column, works) for row, cells in ROWS.items() for column, works in cells.items()]
-SITUATION = {"device": "cuda", "batch": 2, "tiling_starts": True, "casting_computes_in_the_dtype": True}
+SITUATION = {
+    "device": "cuda",
+    "batch": 2,
+    "tiling_starts": True,
+    "casting_computes_in_the_dtype": True,
+    "can_fuse_qkv": True,
+    "can_slice_attention": True,
+}
 
 
 def steps(*names: str) -> tuple[Step, ...]:
@@ -83,13 +91,52 @@ def test_an_unknown_fact_says_nothing() -> None:
     assert compat.findings(steps("vae_tiling"), SITUATION | {"tiling_starts": False}) != ()
 
 
+@pytest.mark.parametrize(
+    ("model", "fuses", "slices"),
+    [
+        (None, True, False),
+        ("black-forest-labs/FLUX.1-dev", True, False),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", True, True),
+        ("guoyww/animatediff-motion-adapter-v1-5-2", True, False),  # the pipeline makes a UNet with motion of its UNet
+        ("kandinsky-community/kandinsky-2-2-decoder", False, True),
+        ("stabilityai/stable-diffusion-3-medium-diffusers", True, False),
+        ("stabilityai/stable-diffusion-3.5-medium", False, False),  # a second attention in some blocks
+        ("Lightricks/LTX-Video", False, False),
+        ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", True, False),
+    ],
+)
+def test_what_a_denoisers_attention_lets_be_done_is_known_before_a_run(
+    model: str | None, fuses: bool, slices: bool
+) -> None:
+    known = facts.find(model)
+    assert (known.can_fuse_qkv, known.can_slice_attention) == (fuses, slices)
+    plan = engine.resolve(model, optimizers=["fuse_qkv"], hardware=machine())
+    assert ([n.optimizer for n in plan.notes if n.kind == "no_effect"] == ["fuse_qkv"]) is not fuses
+    plan = engine.resolve(model, optimizers=["attention_slicing"], hardware=machine())
+    assert ([n.optimizer for n in plan.notes if n.kind == "no_effect"] == ["attention_slicing"]) is not slices
+
+
+def test_every_denoiser_of_the_catalogue_is_known() -> None:
+    for model in map(facts.find, catalogue.ids()):
+        assert model.can_fuse_qkv is not None, model.id
+        assert model.can_slice_attention is not None, model.id
+
+
+def test_fusing_comes_before_what_takes_the_weights_away() -> None:
+    for later in ("layerwise_casting", "sequential_offload", "group_offload"):
+        assert [f.sentence for f in compat.findings(steps(later, "fuse_qkv"), SITUATION)] == [
+            f"fuse_qkv must come before {later}"
+        ]
+        assert compat.findings(steps("fuse_qkv", later), SITUATION) == ()
+
+
 def test_casting_must_compute_in_the_dtype() -> None:
     dtype = {"name": "dtype", "params": {"value": "float16"}}
     cast = {"name": "layerwise_casting", "params": {"compute": "bfloat16"}}
     with pytest.raises(IncompatibleError, match="layerwise_casting cannot be used here"):
         engine.resolve(optimizers=[dtype, cast], hardware=machine(card()))
     same = cast | {"params": {"compute": "float16"}}
-    assert engine.resolve(optimizers=[dtype, same], hardware=machine(card())).fits is None
+    assert engine.resolve(optimizers=[dtype, same], hardware=machine(card())).fits is not False
 
 
 def test_the_rules_obey_their_schema_and_name_known_optimizers() -> None:

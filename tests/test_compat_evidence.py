@@ -5,12 +5,21 @@ The offload hooks run with the CPU as their device: the hooks, the errors and th
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from engine import facts, optimizers
+from engine.dryrun import build, run
+from engine.errors import IncompatibleError
+from engine.facts import attention, catalogue
+from engine.facts.model import Model
+from engine.optimizers.spec import Context, denoisers
+from engine.values import FrozenDict, Request
+from tests import tiny
 from tests.conftest import draw
 
 CPU = torch.device("cpu")
@@ -80,6 +89,156 @@ def test_casting_that_computes_in_another_dtype_does_not_run(pipe: Any) -> None:
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="dtype"):
         draw(pipe)
+
+
+def fuse(pipe: Any) -> Any:
+    """Return the first fused layer of a FLUX pipeline, once it is made."""
+    step = optimizers.spec("fuse_qkv").step()
+    optimizers.get("fuse_qkv").apply(pipe, step, Context(device="cpu", dtype="float32"))
+    return pipe.transformer.transformer_blocks[0].attn.to_qkv
+
+
+@pytest.mark.parametrize("storage", [torch.float16, torch.float8_e4m3fn])
+def test_fusing_after_casting_does_not_run(pipe: Any, storage: torch.dtype) -> None:
+    pipe.transformer.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
+    if storage == torch.float8_e4m3fn:
+        with pytest.raises(NotImplementedError, match="Float8"):
+            fuse(pipe)
+        return
+    assert fuse(pipe).weight.dtype == storage
+    with pytest.raises(RuntimeError, match="same dtype"):
+        draw(pipe)
+
+
+def test_fusing_before_casting_casts_the_fused_weights(pipe: Any) -> None:
+    layer = fuse(pipe)
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float16, compute_dtype=torch.float32)
+    assert layer.weight.dtype == torch.float16
+    draw(pipe)
+
+
+def test_fusing_after_sequential_offload_does_not_run(pipe: Any) -> None:
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    layer = fuse(pipe)
+    assert on_meta(layer)
+    assert not hasattr(layer, "_hf_hook")
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        layer(torch.zeros(1, layer.in_features)) + torch.zeros(1, layer.out_features)
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_layers_fused_after_group_offload_are_in_no_group(pipe: Any, is_first: bool) -> None:
+    if is_first:
+        layer = fuse(pipe)
+        group(pipe)
+    else:
+        group(pipe)
+        layer = fuse(pipe)
+    assert hasattr(pipe.transformer.transformer_blocks[0].attn.to_q, "_diffusers_hook")
+    assert hasattr(layer, "_diffusers_hook") is is_first
+
+
+def test_of_fused_and_sliced_attention_the_second_undoes_the_first() -> None:
+    pipe, _ = tiny.made("sd")
+    run.change(pipe, [optimizers.spec(n).step() for n in ("attention_slicing", "fuse_qkv")], "float32")
+    assert {type(p).__name__ for p in pipe.unet.attn_processors.values()} == {"FusedAttnProcessor2_0"}
+    pipe, call = tiny.made("sd")
+    run.change(pipe, [optimizers.spec(n).step() for n in ("fuse_qkv", "attention_slicing")], "float32")
+    assert _fused_that_compute(pipe, call) == 0
+
+
+def _fused_that_compute(pipe: Any, call: dict[str, Any]) -> int:
+    """Return how many fused layers of the denoiser run in one call."""
+    used = set()
+    for module in denoisers(pipe).values():
+        for path, layer in module.named_modules():
+            if path.endswith(("to_qkv", "to_kv", "to_added_qkv")):
+                layer.register_forward_hook(lambda *_, path=path: used.add(path))
+    pipe(**call)
+    return len(used)
+
+
+def _shallow(name: str) -> Model:
+    """Return a model of the catalogue with two blocks of each kind in its denoiser, where that is a number."""
+    model = facts.find(name)
+    parts = dict(model.components)
+    for key in set(parts) & set(attention.DENOISERS):
+        part = parts[key]
+        fewer = {k: 2 for k, v in part.config.items() if k.startswith("num_") and k.endswith("layers") and v}
+        parts[key] = dataclasses.replace(part, config=FrozenDict({**part.config, **fewer}))
+    return dataclasses.replace(model, components=FrozenDict(parts))
+
+
+# A model of the catalogue for each class of denoiser.
+OF_CLASS = {
+    type_of: (model, name)
+    for model in map(_shallow, catalogue.ids())
+    for name in attention.DENOISERS
+    if name in model.components and (type_of := model._class_of(model.components[name]))
+}
+
+
+@pytest.mark.parametrize("name", ["sd", "sd3", "flux", "pixart", "wan"])
+def test_a_denoiser_that_fuses_computes_with_the_fused_weights(name: str) -> None:
+    pipe, call = tiny.made(name)
+    run.change(pipe, [optimizers.spec("fuse_qkv").step()], "float32")
+    assert _fused_that_compute(pipe, call) >= 3
+
+
+TINY = {"UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel"}
+
+
+@pytest.mark.parametrize("cls", sorted(attention.FUSES - TINY - {"WanTransformer3DModel"}))
+def test_the_classes_that_are_said_to_fuse_compute_so_in_a_dry_run(cls: str) -> None:
+    model, name = OF_CLASS[cls]
+    frames = None if model.defaults.frames is None else 9
+    request = Request(model=model.id, height=256, width=256, frames=frames, call=model.defaults.call)
+    found = run.trace(model, request, "bfloat16", (optimizers.spec("fuse_qkv").step(),))
+    assert any(e.sign == ">" and e.name.startswith(name) and e.name.endswith(("to_qkv", "to_kv")) for e in found.told())
+
+
+@pytest.mark.parametrize("cls", sorted(attention.FUSES_NOT - {"LTXVideoTransformer3DModel"}))
+def test_a_denoiser_that_is_said_not_to_fuse_does_not(cls: str) -> None:
+    model, name = OF_CLASS[cls]
+    module = build._component(model, name, model.components[name], torch.bfloat16)
+    if not hasattr(module, "fuse_qkv_projections"):
+        return
+    try:
+        module.fuse_qkv_projections()
+    except (AttributeError, RuntimeError, ValueError):
+        return
+    assert not any(getattr(m, "fused_projections", False) for m in module.modules())
+
+
+def test_what_ltx_fuses_is_never_used() -> None:
+    pipe, call = tiny.made("ltx")
+    with pytest.raises(IncompatibleError, match="fuse_qkv cannot act on LTXPipeline"):
+        run.change(pipe, [optimizers.spec("fuse_qkv").step()], "float32")
+    pipe.transformer.fuse_qkv_projections()
+    assert any(m.fused_projections for m in pipe.transformer.modules() if hasattr(m, "fused_projections"))
+    assert _fused_that_compute(pipe, call) == 0
+
+
+def test_fused_attention_without_a_text_does_not_run() -> None:
+    """Stable Diffusion 3.5 medium has such a second attention in its first blocks."""
+    from diffusers import SD3Transformer2DModel
+
+    pipe, call = tiny.made("sd3")
+    config = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")}
+    pipe.transformer = SD3Transformer2DModel(**config | {"dual_attention_layers": (0,)})
+    pipe(**call)
+    with pytest.raises(IncompatibleError, match="fuse_qkv cannot act"):
+        run.change(pipe, [optimizers.spec("fuse_qkv").step()], "float32")
+    pipe.transformer.fuse_qkv_projections()
+    with pytest.raises(AttributeError, match="ndim"):
+        pipe(**call)
+
+
+def test_only_some_unets_have_sliced_attention() -> None:
+    import diffusers
+
+    for cls in attention.SLICES | attention.FUSES | attention.FUSES_NOT:
+        assert hasattr(getattr(diffusers, cls), "set_attention_slice") is (cls in attention.SLICES), cls
 
 
 def _decodes(pipe: Any, name: str, **more: Any) -> int:

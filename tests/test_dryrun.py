@@ -7,13 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from engine import facts
-from engine.dryrun import build, record, twins
+import engine
+from engine import facts, optimizers
+from engine.dryrun import build, record, run, twins
 from engine.dryrun.follow import Follower
-from engine.estimate import placements, stream
+from engine.errors import IncompatibleError
+from engine.estimate import placements, store, stream
 from engine.estimate.trace import Event, Trace
 from engine.units import GIB, MIB
+from engine.values import Request
 from tests import tiny
+from tests.conftest import card, machine
 
 # Token ids, masks and a scheduler's tables (1000 float32 values) are made on the host. In the real run the host is the
 # device, and they are seen; in the dry run it is not. Everything larger must be equal.
@@ -31,10 +35,7 @@ def real(pipe: Any, call: dict[str, Any]) -> Trace:
 
 def dry(pipe: Any, call: dict[str, Any], target: str = "cpu") -> Trace:
     """Return the trace of a dry run: the same pipeline, its weights gone to meta."""
-    for component in pipe.components.values():
-        if isinstance(component, torch.nn.Module):
-            component.to("meta")
-            getattr(component, "tie_weights", lambda: None)()  # moving to meta unties
+    to_meta(pipe)
     call = {k: twins.give(v.to("meta"), v) if isinstance(v, torch.Tensor) else v for k, v in call.items()}
     return record.record(pipe, call, target)
 
@@ -62,6 +63,19 @@ def first_difference(left: list[Any], right: list[Any]) -> str:
     return f"lengths {len(left)} and {len(right)}"
 
 
+def changed(pipe: Any, *names: str) -> Any:
+    """Return a pipeline, on meta or not, with optimizers applied that change what is computed."""
+    run.change(pipe, [optimizers.spec(n).step() for n in names], "float32")
+    return pipe
+
+
+def to_meta(pipe: Any) -> None:
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.to("meta")
+            getattr(component, "tie_weights", lambda: None)()  # moving to meta unties
+
+
 @pytest.mark.parametrize("name", tiny.ALL)
 def test_a_dry_run_holds_what_a_real_run_holds_event_by_event(name: str) -> None:
     pipe, call = tiny.made(name)
@@ -69,6 +83,71 @@ def test_a_dry_run_holds_what_a_real_run_holds_event_by_event(name: str) -> None
     told = story(dry(pipe, call))
     assert len(truth) > 500
     assert told == truth, first_difference(truth, told)
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [*((n, "fuse_qkv") for n in ("sd", "sd3", "flux")), ("sd", "attention_slicing")],
+)
+def test_what_changes_the_computing_changes_a_dry_run_as_it_changes_a_real_one(name: str, optimizer: str) -> None:
+    pipe, call = tiny.made(name)
+    truth = story(real(changed(tiny.made(name)[0], optimizer), call))
+    to_meta(pipe)
+    told = story(dry(changed(pipe, optimizer), call))
+    assert told == truth, first_difference(truth, told)
+    assert any(name.endswith(("to_qkv", "to_kv")) for _, name, _ in told) is (optimizer == "fuse_qkv")
+
+
+def test_fused_weights_are_there_beside_those_they_were_made_of() -> None:
+    """FLUX.1-dev: 57 attentions of 3 x 3072 x 3072 weights, in 19 of them the text's as well, each with its bias."""
+    model = facts.find("black-forest-labs/FLUX.1-dev")
+    request = Request(model=model.id, pipeline_class=model.pipeline_class, height=256, width=256)
+    fuse = optimizers.spec("fuse_qkv").step()
+    plain, fused = run.trace(model, request, "bfloat16"), run.trace(model, request, "bfloat16", (fuse,))
+    more = {w.storage: w for m in fused.component("transformer").modules for w in m.weights if "qkv" in m.path}
+    assert sum(w.size_bytes for w in more.values()) == (57 + 19) * 3 * 3072 * (3072 + 1) * 2
+    assert not any(w.is_saved for w in more.values())
+
+    def weights(trace: Trace) -> int:
+        return sum(w.size_bytes for c in trace.components for w in c.weights())
+
+    assert weights(fused) == weights(plain) + sum(w.size_bytes for w in more.values())
+    resident = [stream.peaks(stream.build(t, placements.Resident(t)))[0].peak_bytes for t in (plain, fused)]
+    assert resident[1] - resident[0] == pytest.approx(sum(w.size_bytes for w in more.values()), rel=0.001)
+
+
+def test_a_plan_is_estimated_from_a_dry_run_with_what_changes_the_computing() -> None:
+    def plan(*names: str) -> engine.Plan:
+        return engine.resolve(optimizers=[{"name": "dtype", "params": {"value": "bfloat16"}}, *names], hardware=here)
+
+    here = machine(card())
+    plain, fused, sliced = plan(), plan("fuse_qkv"), plan("attention_slicing")
+    more = (fused.estimate.peak_allocated_bytes or 0) - (plain.estimate.peak_allocated_bytes or 0)
+    pipe, _ = tiny.made("flux")
+    before = sum(p.numel() for p in pipe.transformer.parameters())
+    made = 2 * (sum(p.numel() for p in changed(pipe, "fuse_qkv").transformer.parameters()) - before)
+    assert more == pytest.approx(made, rel=0.05)
+    # What is in no file is made in host memory, and not read from the disk.
+    assert plain.estimate.host.file_bytes == fused.estimate.host.file_bytes
+    assert fused.estimate.quality == plain.estimate.quality == "exact"
+    # A step that does nothing here changes no estimate, and no other dry run is made for it.
+    assert sliced.estimate == plain.estimate
+
+
+def test_a_trace_is_known_by_the_changes_that_were_made_and_by_nothing_more_without_any() -> None:
+    model = facts.find("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    request = Request(model=model.id, height=512, width=512)
+    spec = optimizers.spec("attention_slicing")
+    keys = [store.key(model, request, "float16", c) for c in ((), (spec.step(),), (spec.step({"slices": "max"}),))]
+    assert len(set(keys)) == 3
+    assert keys[0] == store.key(model, request, "float16")
+
+
+def test_a_change_that_a_model_does_not_take_is_an_error_of_the_request() -> None:
+    pipe, _ = tiny.made("sd3")
+    to_meta(pipe)
+    with pytest.raises(IncompatibleError, match="attention_slicing cannot act on StableDiffusion3Pipeline"):
+        changed(pipe, "attention_slicing")
 
 
 def test_a_value_that_is_not_there_is_named() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import pytest
 
 from engine.estimate import placements, stream
@@ -183,3 +186,77 @@ def test_tied_weights_count_once_where_they_are_one_storage_and_twice_where_each
 def test_sizes_are_rounded_as_the_allocator_rounds_them() -> None:
     toy = trace([TEXT], "text", "text.a", "513", "/text.a", "/text")
     assert most(toy, placements.Resident(toy), 512) == 512 + 1024
+
+
+ENCODER = component("text_encoder", module("text_encoder.a", 100))
+ENCODER_2 = component("text_encoder_2", module("text_encoder_2.a", 4000))
+ENCODED = (
+    *("=encode", "text_encoder", "text_encoder.a", "5", "/text_encoder.a", "/text_encoder"),
+    *("text_encoder_2", "text_encoder_2.a", "6", "/text_encoder_2.a", "/text_encoder_2", "-6"),
+)
+STAGED = [ENCODER, ENCODER_2, NET, VAE]
+
+
+def test_staged_encoding_holds_the_encoders_first_and_then_the_rest() -> None:
+    toy = trace(STAGED, *ENCODED, "=denoise", *STEP, *STEP, *LAST)
+    assert by_phase(toy, placements.StagedEncoding(toy)) == {
+        "load": 100 + 4000,
+        "encode": 100 + 4000 + 5 + 6,
+        # At its beginning the encoders are still there, with the activation of 5 that outlives them: 4105. Then the net
+        # and the VAE come: 3010 + 300 and at most 47 that it computes.
+        "denoise": max(4100 + 5, 3010 + 300 + 5 + 47),
+        "decode": 3010 + 300 + 5 + 60,
+    }
+
+
+def test_staged_encoding_empties_the_cache_before_the_rest_comes() -> None:
+    toy = trace(STAGED, *ENCODED, "=denoise", *STEP)
+    made = stream.build(toy, placements.StagedEncoding(toy))
+    # Keys count from 1: the encoders' two weights (1, 2), what they computed (3, 4), then the rest.
+    assert made.events[:6] == [1, 2, 3, 4, -4, -1]
+    assert made.events[6:11] == [-2, 0, 5, 6, 7]
+    assert [made.sizes[k] for k in (1, 2, 5, 6, 7)] == [100, 4000, 1000, 2000, 10]
+
+
+@pytest.mark.parametrize(
+    ("rest", "denoise", "decode"),
+    [
+        # The net is brought whole, then the VAE in its place.
+        (placements.ModelOffload, 3010 + 5 + 47, 3010 + 5),
+        # A layer at a time beside the buffer of 10, or with its own buffer.
+        (placements.SequentialOffload, 10 + 2000 + 5 + 47, 10 + 300 + 5 + 60),
+        (functools.partial(placements.GroupOffload, use_stream=False), 2010 + 5 + 47, 300 + 5 + 60),
+        # From the second step on the next group is there early.
+        (placements.GroupOffload, 1000 + 2010 + 5 + 40, 300 + 5 + 60),
+    ],
+)
+def test_after_staged_encoding_the_rest_is_placed_as_it_would_be(rest: Any, denoise: int, decode: int) -> None:
+    small = component("text_encoder", module("text_encoder.a", 100))
+    toy = trace([small, NET, VAE], *ENCODED[:6], "=denoise", *STEP, *STEP, *LAST)
+    found = by_phase(toy, placements.StagedEncoding(toy, rest))
+    assert found == {"load": 100, "encode": 105, "denoise": denoise, "decode": decode}
+
+
+def test_a_text_encoder_that_comes_after_a_picture_was_encoded_is_there_for_that_once() -> None:
+    first = ("=encode", "vae", "vae.a", "/vae.a", "/vae")
+    again = ("=encode.2", *ENCODED[1:6])
+    toy = trace([ENCODER, NET, VAE], *first, *again, "=denoise", *STEP)
+    found = by_phase(toy, placements.StagedEncoding(toy))
+    assert found["encode.2"] == 3010 + 300 + 100 + 5
+    assert found["denoise"] == 3010 + 300 + 5 + 47
+
+
+def test_staged_encoding_without_text_encoders_is_the_rest_alone() -> None:
+    toy = trace([NET, VAE], *STEP)
+    assert by_phase(toy, placements.StagedEncoding(toy)) == by_phase(toy, placements.Resident(toy))
+
+
+def test_casts_and_pinned_copies_are_those_of_the_rest() -> None:
+    net = component("net", TracedModule(path="net.a", weights=module("net.a", 1000).weights, is_castable=True))
+    toy = trace([ENCODER, net], *ENCODED[:6], "=denoise", "net", "net.a", "/net.a", "/net")
+    half = placements.Casting(storage="float16", compute="float32")
+    found = by_phase(toy, placements.StagedEncoding(toy, functools.partial(placements.Resident, casting=half)))
+    # Kept in 500 bytes, widened to 1000 beside them; the activation of 5 stays.
+    assert found["denoise"] == 5 + 500 + 1000
+    streamed = placements.StagedEncoding(toy, placements.GroupOffload)
+    assert streamed.bytes_of(streamed.pinned()) == 1000

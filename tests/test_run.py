@@ -16,6 +16,7 @@ from engine.optimizers.spec import Context, NotApplied
 from engine.optimizers.spec import modules as optimizer_modules
 from engine.plan import Plan
 from engine.run import device, generate, load
+from tests import tiny
 from tests.conftest import card, draw, machine
 
 HERE = Context(device="cpu", dtype="float32")
@@ -31,6 +32,7 @@ def step(name: str, **params: Any) -> dict[str, Any]:
 
 # Each optimizer, as it acts on a device: the CPU stands in for the card, the hooks are the libraries' own.
 ACTING = {
+    "fuse_qkv": step("fuse_qkv"),
     "vae_slicing": step("vae_slicing"),
     "vae_tiling": step("vae_tiling"),
     "layerwise_casting": step("layerwise_casting", storage="float16"),
@@ -81,7 +83,7 @@ def test_an_exact_optimizer_leaves_the_picture_as_it_is_twice_in_a_row(pipe: Any
 
 PERMITTED = [
     (first, second)
-    for first in ("vae_slicing", "vae_tiling", "layerwise_casting")
+    for first in ("fuse_qkv", "vae_slicing", "vae_tiling", "layerwise_casting")
     for second in ("model_offload", "sequential_offload", "group_offload leaf", "group_offload block")
 ]
 
@@ -92,6 +94,47 @@ def test_the_pairs_that_the_guide_permits_work_together(pipe: Any, first: str, s
     alone = draw(pipe)
     applied(pipe, ACTING[second])
     assert np.array_equal(draw(pipe), alone)
+
+
+@pytest.mark.parametrize("slices", ["auto", "max"])
+def test_sliced_attention_keeps_the_picture_near(slices: str) -> None:
+    """The embedded model is a transformer, which has none: a small random UNet."""
+    pipe, call = tiny.made("sd")
+
+    def picture() -> Any:
+        return pipe(**call, generator=torch.Generator().manual_seed(0)).images
+
+    plain = picture()
+    made = optimizers.spec("attention_slicing").step({"slices": slices})
+    with pytest.raises(NotApplied):
+        optimizers.get(made.name).verify(pipe, made, HERE)
+    assert applied(pipe, step("attention_slicing", slices=slices)) == "8 attentions of unet in slices"
+    assert {p.slice_size for p in pipe.unet.attn_processors.values()} == {4 if slices == "auto" else 1}
+    assert 0 < np.abs(picture() - plain).max() < 1e-5
+
+
+@pytest.mark.parametrize("placement", ["model_offload", "sequential_offload", "group_offload leaf"])
+def test_sliced_attention_and_the_offloads_work_together(placement: str) -> None:
+    pipe, call = tiny.made("sd")
+    applied(pipe, step("attention_slicing"))
+    alone = pipe(**call, generator=torch.Generator().manual_seed(0)).images
+    applied(pipe, ACTING[placement])
+    assert np.array_equal(pipe(**call, generator=torch.Generator().manual_seed(0)).images, alone)
+
+
+def test_the_half_of_one_head_is_one() -> None:
+    pipe, call = tiny.made("sd")
+    pipe.unet = tiny._unet(attention_head_dim=1)
+    applied(pipe, step("attention_slicing"))
+    assert pipe(**call).images.shape == (1, 64, 96, 3)
+
+
+def test_what_does_nothing_on_a_model_is_said_in_the_plan_and_passed_over(pipe: Any) -> None:
+    plan = plan_for("attention_slicing")
+    assert [n.optimizer for n in plan.notes if n.kind == "no_effect"] == ["attention_slicing"]
+    assert plan.apply(pipe) is pipe
+    with pytest.raises(IncompatibleError, match="attention_slicing cannot act on FluxPipeline"):
+        applied(pipe, step("attention_slicing"))
 
 
 def test_fp8_storage_keeps_the_picture_near(pipe: Any) -> None:

@@ -83,8 +83,8 @@ def _unet(**more: Any) -> UNet2DConditionModel:
         block_out_channels=(32, 64),
         layers_per_block=1,
         norm_num_groups=8,
-        attention_head_dim=8,
         **{
+            "attention_head_dim": 8,
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
             "cross_attention_dim": 32,

@@ -16,6 +16,7 @@ from torch import nn
 from engine.dryrun import record
 from engine.dryrun.follow import Follower
 from engine.dryrun.operators import Target
+from engine.facts import attention
 from engine.values import Request
 
 _TOKENS = 512
@@ -30,10 +31,10 @@ def trace_each(modules: dict[str, nn.Module], follower: Follower, request: Reque
     """
     silent = []
     batch = max(1, request.batch)
-    denoising = next((n for n in modules if n in record.DENOISERS), None)
+    denoising = next((n for n in modules if n in attention.DENOISERS), None)
     with torch.no_grad(), record.marked(modules, follower), Target(target), follower:
         for name, module in sorted(modules.items(), key=lambda item: _place(item[0])):
-            for _ in range(2 if name in record.DENOISERS else 1):
+            for _ in range(2 if name in attention.DENOISERS else 1):
                 try:
                     _call(name, module, request, batch)
                     if name == denoising:

@@ -15,10 +15,10 @@ from torch import nn
 from engine.dryrun.follow import Follower
 from engine.dryrun.operators import Target
 from engine.estimate.trace import Alternative, Trace, TracedComponent, TracedModule, Weight
+from engine.facts import attention
 
 # Named as the phases that they are.
 _VAE_METHODS = ("encode", "decode")
-DENOISERS = ("transformer", "transformer_2", "unet")
 _ENCODERS = ("text_encoder", "image_encoder", "prior")
 
 
@@ -101,9 +101,17 @@ def trace(pipe: Any, modules: dict[str, nn.Module], follower: Follower) -> Trace
     )
 
 
+_MADE_LATER = "_dg_made_later"
+
+
+def made_later(weight: torch.Tensor) -> None:
+    """Mark a weight that is in no file: an optimizer makes it of others, once they are loaded."""
+    setattr(weight, _MADE_LATER, True)
+
+
 def _component(name: str, module: nn.Module) -> TracedComponent:
     owners = []
-    castable = set(_castable(module)) if name in DENOISERS else set()
+    castable = set(_castable(module)) if name in attention.DENOISERS else set()
     for path, owner in module.named_modules():
         weights = tuple(
             Weight(
@@ -111,7 +119,7 @@ def _component(name: str, module: nn.Module) -> TracedComponent:
                 storage=tensor.untyped_storage()._cdata,
                 size_bytes=tensor.untyped_storage().nbytes(),
                 is_buffer=key in owner._buffers,
-                is_saved=key not in owner._non_persistent_buffers_set,
+                is_saved=key not in owner._non_persistent_buffers_set and not hasattr(tensor, _MADE_LATER),
                 dtype=str(tensor.dtype).removeprefix("torch."),
             )
             for key, tensor in (*owner._parameters.items(), *owner._buffers.items())

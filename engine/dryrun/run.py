@@ -5,29 +5,34 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from engine import optimizers
 from engine.dryrun import build, components, inputs, record, twins
 from engine.dryrun.follow import Follower
-from engine.errors import ModelError, UsageError
+from engine.errors import DgRunError, IncompatibleError, ModelError, UsageError
 from engine.estimate.trace import TRACED_STEPS, Trace
 from engine.facts.model import Model
-from engine.values import Request
+from engine.optimizers.spec import Context
+from engine.values import Request, Step
 
 
-def trace(model: Model, request: Request, dtype: str, target: str = "cuda") -> Trace:
+def trace(model: Model, request: Request, dtype: str, changes: Sequence[Step] = (), target: str = "cuda") -> Trace:
     """Return the trace of a request: seconds of work, no weights, no device.
 
+    `changes` are the steps that change what is computed: they are applied to the pipeline by their own `apply`.
     A run that stops is stood in for by its components (`basis` is "component"), with what stopped it.
 
-    Raises: ModelError, for a model that cannot be built; UsageError, for arguments its pipeline does not take.
+    Raises: ModelError, for a model that cannot be built; UsageError, for arguments its pipeline does not take;
+        IncompatibleError, for a change that cannot be made to it.
     """
     with _quiet():
         pipe = build.pipeline(model, getattr(torch, dtype))
+        change(pipe, changes, dtype)
         call = inputs.call(
             model,
             pipe,
@@ -47,6 +52,28 @@ def trace(model: Model, request: Request, dtype: str, target: str = "cuda") -> T
             raise
         except Exception as error:  # noqa: BLE001 - what a foreign pipeline raises is not one class
             return _by_component(pipe, request, target, f"the run stopped at {type(error).__name__}: {_line(error)}")
+
+
+def change(pipe: Any, changes: Sequence[Step], dtype: str) -> None:
+    """Apply steps to a pipeline that is on meta. Raises: IncompatibleError."""
+    here = Context(device="meta", dtype=dtype)
+    loaded = {id(w) for w in _weights(pipe)}
+    for step in changes:
+        try:
+            optimizers.get(step.name).apply(pipe, step, here)
+        except DgRunError:
+            raise
+        except Exception as error:
+            raise IncompatibleError(f"{step.name} cannot be applied to {type(pipe).__name__}", _line(error)) from error
+    for weight in _weights(pipe):
+        if id(weight) not in loaded:
+            record.made_later(weight)
+
+
+def _weights(pipe: Any) -> Iterator[torch.Tensor]:
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            yield from component.parameters()
 
 
 def _line(error: Exception) -> str:

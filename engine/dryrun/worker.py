@@ -1,8 +1,9 @@
 """Dry runs in a process of their own: `python -m engine.dryrun.worker`, spoken to by `engine.estimate.dryrunner`.
 
-A question is one line of JSON on standard input: what is known of a model, what is asked of it, the dtype. An answer is
-one line of JSON on standard output, {"bytes": N} and then the N bytes of a trace, or {"error": …}. The process sees no
-card, so that no CUDA context can come of it, and it ends when its input does.
+A question is one line of JSON on standard input: what is known of a model, what is asked of it, the dtype, and the
+optimizers that change what is computed. An answer is one line of JSON on standard output, {"bytes": N} and then the N
+bytes of a trace, or {"error": …}. The process sees no card, so that no CUDA context can come of it, and it ends when
+its input does.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
+from engine import optimizers
 from engine.errors import DgRunError
 from engine.estimate import tracefile
 from engine.facts.model import Component, Defaults, Model
@@ -33,7 +35,12 @@ def _answer(question: Mapping[str, Any], answers: BinaryIO) -> None:
 
     content = b""
     try:
-        trace = run.trace(model_of(question["model"]), request_of(question["request"]), question["dtype"])
+        trace = run.trace(
+            model_of(question["model"]),
+            request_of(question["request"]),
+            question["dtype"],
+            tuple(optimizers.spec(name).step(params) for name, params in question["changes"]),
+        )
         content = tracefile.dump(trace)
         head: dict[str, Any] = {"bytes": len(content)}
     except DgRunError as error:

@@ -13,13 +13,14 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engine import errors
 from engine.errors import DgRunError, ModelError
 from engine.facts.model import Model
-from engine.values import Request
+from engine.values import Request, Step
 
 MOST_SECONDS = 600.0
 """How long one dry run may take; the longest of the catalogue takes some seconds."""
@@ -33,13 +34,17 @@ class DryRunner:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def trace(self, model: Model, request: Request, dtype: str) -> bytes:
-        """Return the bytes of a trace. Raises: ModelError, UsageError: what the dry run has against the request."""
+    def trace(self, model: Model, request: Request, dtype: str, changes: Sequence[Step] = ()) -> bytes:
+        """Return the bytes of a trace, of a pipeline that `changes` were applied to.
+
+        Raises: ModelError, UsageError, IncompatibleError: what the dry run has against the request.
+        """
         question = json.dumps(
             {
                 "model": _plain(model),
                 "request": {name: getattr(request, name) for name in _ASKED},
                 "dtype": dtype,
+                "changes": [[s.name, dict(s.params)] for s in changes],
             },
             default=str,
         )

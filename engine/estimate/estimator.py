@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from engine import optimizers
 from engine.estimate import store, timeline
 from engine.estimate.timeline import Timeline
 from engine.estimate.trace import Trace
@@ -30,27 +31,27 @@ class Estimator:
         self.gpu = gpu
         self.budget_bytes = budget_bytes
         self.because: str | None = None
-        self.trace: Trace | None = None
         self._told = told
-        self._keys: dict[str, str] = {}
+        self._keys: dict[tuple[str, ...], str] = {}
         self._answers: dict[str, store.Answers] = {}
 
     def __call__(self, steps: Sequence[Step]) -> Estimate:
         """Return what a run under these steps takes; every field None where it is not known.
 
-        Raises: ModelError, UsageError: what the dry run has against the model or its call.
+        Steps that do nothing here are not among them. Raises: ModelError, UsageError, IncompatibleError: what the dry
+        run has against the model, its call, or a step.
         """
         dtype = _dtype(steps)
         self.because = self._unknown(steps, dtype)
         if self.because is not None or self.gpu is None:
             return UNKNOWN
-        wanted = self._keys.get(dtype) or self._keys.setdefault(dtype, store.key(self.model, self.request, dtype))
+        wanted = self._key(steps)
         answers = self._answers.setdefault(wanted, store.Answers(wanted))
         stored = {n: c.stored_dtype for n, c in self.model.components.items()}
         name = store.case(steps, self.gpu, self.request, stored)
         found = answers.get(name)
         if found is None:
-            trace = self._trace(wanted, dtype)
+            trace = self._trace(steps)
             if trace is None:
                 return UNKNOWN
             found = estimate(
@@ -74,7 +75,7 @@ class Estimator:
         self.because = self._unknown(steps, dtype)
         if self.because is not None or self.gpu is None:
             return None
-        trace = self._trace(store.key(self.model, self.request, dtype), dtype)
+        trace = self._trace(steps)
         if trace is None:
             return None
         return timeline.of_trace(trace, steps, self.gpu, dtype, self.request.components)
@@ -93,14 +94,17 @@ class Estimator:
             return "xdit runs on several cards, and estimates are of one"
         return None
 
-    def _trace(self, wanted: str, dtype: str) -> Trace | None:
-        found = store.known(wanted)
-        if found is None and store.can_trace() and self._told is not None:
-            self._told(f"dry run of {self.request.model} (once for each size; some seconds, no weights)")
-        found = found or store.find(self.model, self.request, dtype)
+    def _key(self, steps: Sequence[Step]) -> str:
+        dtype, changes = _dtype(steps), _changes(steps)
+        asked = dtype, *map(str, changes)
+        if asked not in self._keys:
+            self._keys[asked] = store.key(self.model, self.request, dtype, changes)
+        return self._keys[asked]
+
+    def _trace(self, steps: Sequence[Step]) -> Trace | None:
+        found = store.find(self.model, self.request, _dtype(steps), _changes(steps), self._told)
         if found is None:
             self.because = "torch, diffusers and transformers are needed for a dry run, and not all are installed"
-        self.trace = found or self.trace
         return found
 
     def save(self) -> None:
@@ -112,3 +116,8 @@ class Estimator:
 def _dtype(steps: Sequence[Step]) -> str:
     """Return the dtype that steps load in: float32, as the libraries do, where none says."""
     return next((str(s.params["value"]) for s in steps if s.name == "dtype"), "float32")
+
+
+def _changes(steps: Sequence[Step]) -> tuple[Step, ...]:
+    """Return the steps that change what is computed, and so what is traced."""
+    return tuple(s for s in steps if optimizers.spec(s.name).changes_computing)

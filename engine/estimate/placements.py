@@ -8,8 +8,8 @@ hooks do and do not do is written beside each.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from engine.estimate.trace import Trace, TracedComponent, TracedModule, Weight
@@ -338,6 +338,82 @@ class GroupOffload(Placement):
         leader = self.last.get(path) if is_inner else path
         if leader is not None and leader in self.groups:
             yield from self._go(leader)
+
+
+class StagedEncoding(Placement):
+    """The text encoders are alone on the device first, and gone before anything else is loaded.
+
+    No hook of a library does this. It is a run in two stages: the prompts are encoded, the text encoders are let go of,
+    the cache is emptied, and only then the rest is loaded and placed, as `rest` places it (all of it on the device, or
+    by any other placement). What the encoders gave stays, being activations.
+
+    A trace is of one call, and some pipelines encode a picture before the text. A text encoder that begins when the
+    others are gone comes for that once, beside the rest: more than a staged run would hold.
+
+    No optimizer plans with it yet. What is then still to be settled: it needs prompts that are known up front; the host
+    holds the encoders and the rest one after the other, where `host_bytes` counts both; and `host_bytes` and `clock`
+    ask for the class of a placement, which here is that of `rest`.
+    """
+
+    def __init__(self, trace: Trace, rest: Callable[[Trace], Placement] = Resident) -> None:
+        encoders = [c for c in trace.components if is_text_encoder(c.name)]
+        names = {c.name for c in encoders}
+        self.rest = rest(
+            replace(
+                trace,
+                components=tuple(c for c in trace.components if c.name not in names),
+                offload_chain=tuple(n for n in trace.offload_chain if n not in names),
+                offload_excluded=tuple(n for n in trace.offload_excluded if n not in names),
+            )
+        )
+        super().__init__(trace)
+        self.casting = self.rest.casting
+        # One numbering of slots for both: what the encoders have is added to what the rest has.
+        self.sizes, self.casts, self._slots = self.rest.sizes, self.rest.casts, self.rest._slots
+        self.encoders = {c.name: self.slots(c.weights()) for c in encoders}
+        self.is_encoded = not encoders
+        self.again: str | None = None
+
+    def resident(self) -> tuple[int, ...]:
+        if not self.encoders:
+            return self.rest.resident()
+        return tuple(dict.fromkeys(s for slots in self.encoders.values() for s in slots))
+
+    def pinned(self) -> tuple[int, ...]:
+        return self.rest.pinned()
+
+    def acts_on(self, path: str) -> bool:
+        return True  # whichever module is the first of the rest brings it
+
+    def begin(self, path: str) -> Iterable[Move]:
+        root = path.partition(".")[0]
+        if root in self.encoders:
+            if self.is_encoded and self.again is None:
+                self.again = path
+                yield Move(LOAD, self.encoders[root])
+            return
+        if not self.is_encoded:
+            self.is_encoded = True
+            yield Move(DROP, self.resident())
+            yield _EMPTY
+            yield Move(LOAD, self.rest.resident())
+        if self.rest.acts_on(path):
+            yield from self.rest.begin(path)
+
+    def end(self, path: str) -> Iterable[Move]:
+        root = path.partition(".")[0]
+        if root not in self.encoders:
+            if self.rest.acts_on(path):
+                yield from self.rest.end(path)
+        elif path == self.again:
+            self.again = None
+            yield Move(DROP, self.encoders[root])
+            yield _EMPTY
+
+
+def is_text_encoder(component: str) -> bool:
+    """Whether a component is a text encoder, by its name."""
+    return component.startswith("text_encoder")
 
 
 def is_vae(component: str) -> bool:

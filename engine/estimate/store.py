@@ -14,7 +14,7 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from engine.values import Estimate, Gpu, HostBytes, Interval, Phase, Request, St
 _SHIPPED = Path(__file__).parent / "shipped"
 _PACKAGE = Path(__file__).parents[1]
 # What a trace depends on, and what an answer from it does: changed code makes neither old nor wrong ones live on.
-_TRACING = ("estimate/trace.py", "estimate/tracefile.py", "dryrun/*.py")
+_TRACING = ("estimate/trace.py", "estimate/tracefile.py", "dryrun/*.py", "optimizers/*.py")
 _ANSWERING = ("estimate/*.py", "gpus/*.json")
 _LIBRARIES = ("torch", "diffusers", "transformers")
 _KEPT_IN_MEMORY = 4
@@ -37,9 +37,12 @@ _dry = DryRunner()
 _OF_FILES = ("stored_dtype", "variants")
 
 
-def key(model: Model, request: Request, dtype: str) -> str:
-    """Return what a trace is known by: a hash of all that it depends on but the code that makes it."""
-    content = {
+def key(model: Model, request: Request, dtype: str, changes: Sequence[Step] = ()) -> str:
+    """Return what a trace is known by: a hash of all that it depends on but the code that makes it.
+
+    `changes` are the steps that change what is computed, in their order.
+    """
+    content: dict[str, Any] = {
         "pipeline": model.pipeline_class,
         "components": {n: _configured(c) for n, c in model.components.items()},
         "sizes": [request.height, request.width, request.frames, request.batch],
@@ -48,6 +51,8 @@ def key(model: Model, request: Request, dtype: str) -> str:
         "dtype": dtype,
         "libraries": _library_versions(),
     }
+    if changes:
+        content["changes"] = [[s.name, dict(s.params)] for s in changes]
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -105,16 +110,24 @@ def _cached_path(wanted: str) -> Path:
     return paths.cache_dir() / "traces" / f"{wanted}-{_fingerprint(_TRACING)}.trace"
 
 
-def find(model: Model, request: Request, dtype: str) -> Trace | None:
+def find(
+    model: Model,
+    request: Request,
+    dtype: str,
+    changes: Sequence[Step] = (),
+    told: Callable[[str], None] | None = None,
+) -> Trace | None:
     """Return the trace of a request: a known one, else from a dry run; None where no dry run can be made here.
 
-    Raises: ModelError, UsageError.
+    `told` is given a line before a dry run. Raises: ModelError, UsageError, IncompatibleError.
     """
-    wanted = key(model, request, dtype)
+    wanted = key(model, request, dtype, changes)
     found = known(wanted)
     if found is not None or not can_trace():
         return found
-    made = _dry.trace(model, request, dtype)
+    if told is not None:
+        told(f"dry run of {model.id} (once for each size; some seconds, no weights)")
+    made = _dry.trace(model, request, dtype, changes)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
         write(_cached_path(wanted), made)
     return tracefile.load(made)

@@ -71,7 +71,7 @@ class Weight:
     size_bytes: int
     is_buffer: bool
     is_saved: bool = True
-    """False for a buffer that is not in the checkpoint."""
+    """False for what is not in the checkpoint: some buffers, and weights that an optimizer makes of others."""
     dtype: str = "float32"
 
 

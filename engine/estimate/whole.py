@@ -207,7 +207,8 @@ def host_bytes(trace: Trace, placement: Placement, stored: Mapping[str, str | No
             slot = placement.slots([weight])[0]
             if slot in pinned:
                 continue
-            if is_mapped and weight.dtype == dtype and weight.storage not in cast and not moved_back:
+            is_as_stored = is_mapped and weight.is_saved and weight.dtype == dtype
+            if is_as_stored and weight.storage not in cast and not moved_back:
                 file += weight.size_bytes
             else:
                 anonymous += placement.sizes[slot]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.facts import attention
 from engine.values import FrozenDict
 
 
@@ -96,6 +97,30 @@ class Model:
     def ignores_guidance(self) -> bool:
         """Whether `guidance_scale` does nothing: FLUX models without guidance embeddings take it and do not use it."""
         return self.pipeline_class.startswith("Flux") and self._config("transformer").get("guidance_embeds") is False
+
+    @property
+    def _denoisers(self) -> tuple[Component, ...]:
+        return tuple(self.components[n] for n in attention.DENOISERS if n in self.components)
+
+    def _class_of(self, denoiser: Component) -> str:
+        """Return a denoiser's class as the pipeline computes with it: AnimateDiff makes a UNet a UNet with motion."""
+        return "UNetMotionModel" if "motion_adapter" in self.components else denoiser.cls
+
+    @property
+    def can_slice_attention(self) -> bool | None:
+        """Whether a denoiser can compute its attention in slices; None where it is not known."""
+        if any(c.library != "diffusers" for c in self._denoisers):
+            return None
+        return any(attention.slices(self._class_of(c)) for c in self._denoisers)
+
+    @property
+    def can_fuse_qkv(self) -> bool | None:
+        """Whether a denoiser can project queries, keys and values at once; None where it is not known."""
+        found = [
+            attention.fuses_qkv(self._class_of(c), c.config) if c.library == "diffusers" else None
+            for c in self._denoisers
+        ]
+        return True if True in found else None if None in found else False
 
     def tiling_starts(self, height: int | None, width: int | None) -> bool | None:
         """Whether the VAE would decode this size in tiles, once tiling is on; None where it is not known.

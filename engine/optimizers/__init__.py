@@ -17,6 +17,8 @@ from engine.words import did_you_mean
 
 _MODULES = (
     "dtype",
+    "fuse_qkv",
+    "attention_slicing",
     "layerwise_casting",
     "vae_slicing",
     "vae_tiling",

@@ -6,10 +6,8 @@ positions, and what the class lists as `_keep_in_fp32_modules` are left alone by
 
 from __future__ import annotations
 
-from typing import Any
-
 from engine.errors import IncompatibleError
-from engine.optimizers.spec import Context, NotApplied, Param, Pipeline, Spec, nothing_to_load
+from engine.optimizers.spec import Context, NotApplied, Param, Pipeline, Spec, denoisers, nothing_to_load
 from engine.values import Step
 
 SPEC = Spec(
@@ -35,12 +33,6 @@ SPEC = Spec(
     ),
 )
 load_arguments = nothing_to_load
-
-
-def denoisers(pipe: Pipeline) -> dict[str, Any]:
-    """Return the components that denoise, by name: one, or two where a model switches between experts."""
-    found = {n: getattr(pipe, n, None) for n in ("transformer", "transformer_2", "unet")}
-    return {n: m for n, m in found.items() if m is not None}
 
 
 def apply(pipe: Pipeline, step: Step, context: Context) -> None:

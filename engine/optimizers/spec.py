@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from engine.errors import DgRunError, UsageError
+from engine.facts import attention
 from engine.values import FrozenDict, Step
 from engine.words import did_you_mean
 
@@ -57,6 +58,9 @@ class Spec:
     """Where it stands in a list whose order nobody chose; `docs/optimizers.md` gives the reasons."""
     quality: Literal["exact", "near", "lossy"] = "exact"
     is_placement: bool = False
+    changes_computing: bool = False
+    """Whether it changes which operators compute, or which weights there are: then a dry run applies it too. It must
+    act on a pipeline without weights (on meta) as it does on a loaded one."""
     params: tuple[Param, ...] = ()
     scalar: bool = False
     """Whether a profile may write `name: value` for its one parameter, `value`."""
@@ -120,6 +124,12 @@ def modules(pipe: Pipeline) -> dict[str, Any]:
     import torch
 
     return {n: c for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
+
+
+def denoisers(pipe: Pipeline) -> dict[str, Any]:
+    """Return the components that denoise, by name."""
+    found = {n: getattr(pipe, n, None) for n in attention.DENOISERS}
+    return {n: m for n, m in found.items() if m is not None}
 
 
 def names(items: Sequence[str] | Mapping[str, Any]) -> str:

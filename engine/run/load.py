@@ -86,8 +86,12 @@ def apply(plan: Plan, pipe: Any, told: Progress | None = None) -> Any:
     _refuse_placed(pipe)
     idle = {n.optimizer for n in plan.notes if n.kind == "no_effect"}
     for step in plan.optimizers:
-        if step.name in idle and not here.has_accelerator and optimizers.spec(step.name).is_placement:
+        spec = optimizers.spec(step.name)
+        if step.name in idle and not here.has_accelerator and spec.is_placement:
             told.say(f"  {step.name}: no effect without an accelerator")
+            continue
+        if step.name in idle and spec.changes_computing:
+            told.say(f"  {step.name}: no effect on this model")
             continue
         told.say(f"  {step.name}: {_apply_one(step, pipe, here)}")
     return pipe

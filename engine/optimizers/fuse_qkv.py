@@ -1,0 +1,59 @@
+"""`fuse_qkv`: the denoiser's attention projects queries, keys and values in one product instead of three.
+
+Source of the behaviour: `fuse_qkv_projections` of diffusers 0.42. The old weights stay beside the fused ones, so that
+it costs memory. On a part of the classes that have the method it does nothing, or fuses what nobody uses, or raises
+(`engine/facts/attention.py`): a rule says so before the run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine.errors import IncompatibleError
+from engine.facts import attention
+from engine.optimizers.spec import Context, NotApplied, Pipeline, Spec, denoisers, nothing_to_load
+from engine.values import Step
+
+SPEC = Spec(
+    name="fuse_qkv",
+    summary="the denoiser's attention projects queries, keys and values in one product instead of three",
+    slot=30,
+    changes_computing=True,
+)
+load_arguments = nothing_to_load
+
+
+def _targets(pipe: Pipeline) -> dict[str, Any]:
+    return {
+        n: m
+        for n, m in denoisers(pipe).items()
+        if hasattr(m, "fuse_qkv_projections") and attention.fuses_qkv(type(m).__name__, m.config) is not False
+    }
+
+
+def _fused(module: Any) -> list[Any]:
+    return [m for m in module.modules() if getattr(m, "fused_projections", False) is True]
+
+
+def apply(pipe: Pipeline, step: Step, context: Context) -> None:
+    because = "the attention of its denoiser has no fused projections that it would compute with"
+    targets = _targets(pipe)
+    try:
+        for module in targets.values():
+            module.fuse_qkv_projections()
+    except (AttributeError, ValueError) as error:
+        because, targets = " ".join(str(error).split()), {}
+    if not targets:
+        raise IncompatibleError(
+            f"fuse_qkv cannot act on {type(pipe).__name__}", because, "leave fuse_qkv out for this model"
+        )
+
+
+def verify(pipe: Pipeline, step: Step, context: Context) -> str:
+    told = []
+    for name, module in _targets(pipe).items():
+        fused = _fused(module)
+        if not fused:
+            raise NotApplied("fuse_qkv", f"no attention of {name} has fused projections")
+        told.append(f"{len(fused)} attentions of {name} project queries, keys and values at once")
+    return "; ".join(told)
