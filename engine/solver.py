@@ -179,7 +179,8 @@ def _short(taken: Estimate, situation: Situation) -> _Short | None:
 
 def _is_known(taken: Estimate, situation: Situation) -> bool:
     """Whether a run's need and the card's room are both known."""
-    return taken.required_bytes is not None and situation.budget_bytes is not None
+    is_seen = taken.basis != "component"  # what a pipeline holds between its components was not seen
+    return is_seen and taken.required_bytes is not None and situation.budget_bytes is not None
 
 
 def _does_not_fit(name: str, steps: tuple[Step, ...], short: _Short) -> Rejection:

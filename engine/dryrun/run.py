@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +22,8 @@ from engine.facts.model import Model
 from engine.optimizers.spec import Context
 from engine.values import Request, Step
 
+_MOST_STEPS = 40
+
 
 def trace(model: Model, request: Request, dtype: str, changes: Sequence[Step] = (), target: str = "cuda") -> Trace:
     """Return the trace of a request: seconds of work, no weights, no device.
@@ -33,6 +37,7 @@ def trace(model: Model, request: Request, dtype: str, changes: Sequence[Step] = 
     with _quiet():
         pipe = build.pipeline(model, getattr(torch, dtype))
         change(pipe, changes, dtype)
+        asked = _steps(pipe, request)
         call = inputs.call(
             model,
             pipe,
@@ -40,14 +45,14 @@ def trace(model: Model, request: Request, dtype: str, changes: Sequence[Step] = 
             width=request.width,
             frames=request.frames,
             batch=request.batch,
-            steps=TRACED_STEPS,
+            steps=asked,
             guidance=request.guidance,
             extra=request.call,
         )
         try:
             with twins.assumed() as assumed:
                 made = record.record(pipe, call, target, ways(request.batch))
-            return replace(made, assumptions=(*build.notes(pipe), *sorted(assumed)))
+            return replace(made, asked_steps=asked, assumptions=(*build.notes(pipe), *sorted(assumed)))
         except UsageError:
             raise
         except Exception as error:  # noqa: BLE001 - what a foreign pipeline raises is not one class
@@ -74,6 +79,17 @@ def _weights(pipe: Any) -> Iterator[torch.Tensor]:
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             yield from component.parameters()
+
+
+def _steps(pipe: Any, request: Request) -> int:
+    """Return how many steps to ask for so that enough are taken: from a picture, a share `strength` of them is."""
+    parameter = inspect.signature(pipe.__call__).parameters.get("strength")
+    if parameter is None:
+        return TRACED_STEPS
+    share = request.call.get("strength", parameter.default)
+    if not isinstance(share, int | float) or not 0 < share <= 1:
+        return TRACED_STEPS
+    return min(_MOST_STEPS, math.ceil(TRACED_STEPS / share))
 
 
 def _line(error: Exception) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from engine import gpus
 from engine.estimate.placements import DROP, EMPTY, FETCH, LOAD, STORE, WAIT, Placement, SequentialOffload
-from engine.estimate.trace import BEGIN, END, KIND_BITS, KIND_MASK, PHASE, STEP, TRACED_STEPS, WORK, Trace, Work
+from engine.estimate.trace import BEGIN, END, KIND_BITS, KIND_MASK, PHASE, STEP, WORK, Trace, Work
 from engine.gpus import Rates
 from engine.values import Gpu
 
@@ -231,27 +231,28 @@ def phases(trace: Trace, make: Callable[[], Placement], speed: Speeds, steps: in
                     host = now()
     if found:
         found[-1][1] += now() - began
-    _repeat(found, step_ends, steps)
+    _repeat(found, step_ends, steps, trace.asked_steps)
     return tuple(PhaseSeconds(name=name, seconds=seconds) for name, seconds in found)
 
 
-def _repeat(found: list[list[Any]], step_ends: list[tuple[int, float]], steps: int | None) -> None:
+def _repeat(found: list[list[Any]], step_ends: list[tuple[int, float]], steps: int | None, asked: int) -> None:
     """Add the steps that were not traced, each as long as the last that was.
 
-    Some schedulers are called more often than once a step, all but the first: the last step is then the later half of
-    the calls. Where no call was seen at all the whole of denoising is repeated.
+    A scheduler may be called more often than once a step, all but the first time; from a picture a share of the steps
+    is taken. Where no call was seen at all the whole of denoising is repeated.
     """
-    if steps is None or steps <= TRACED_STEPS:
+    if steps is None or steps == asked:
         return
-    more = steps - TRACED_STEPS
-    if len(step_ends) < TRACED_STEPS:
+    if not step_ends:
         for entry in found:
             if entry[0].startswith("denoise"):
-                entry[1] *= steps / TRACED_STEPS
+                entry[1] *= steps / asked
         return
-    calls = max(1, (len(step_ends) + 1) // TRACED_STEPS)
+    calls = len(step_ends)
+    more = (steps - asked) * -(-calls // asked) if calls >= asked else round(calls * steps / asked) - calls
     phase, last = step_ends[-1]
-    found[phase][1] += more * (last - step_ends[-1 - min(calls, len(step_ends) - 1)][1])
+    one = last - step_ends[-2][1] if calls > 1 else found[phase][1]
+    found[phase][1] += more * one
 
 
 def load_seconds(stored_bytes: int, resident_bytes: int, speed: Speeds) -> float:

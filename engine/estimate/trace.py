@@ -130,6 +130,8 @@ class Trace:
     phases: tuple[str, ...]
     works: tuple[Work, ...] = ()
     alternatives: tuple[Alternative, ...] = ()
+    asked_steps: int = TRACED_STEPS
+    """How many denoising steps were asked for; from pictures fewer are taken, and some schedulers take more calls."""
     basis: str = "traced"
     assumptions: tuple[str, ...] = ()
     """What the run took as given where a value would have decided."""

@@ -39,6 +39,7 @@ def dump(trace: Trace) -> bytes:
         "phases": trace.phases,
         "works": trace.works,
         "alternatives": [[a.name, a.start, a.end, a.outputs] for a in trace.alternatives],
+        "asked_steps": trace.asked_steps,
         "basis": trace.basis,
         "assumptions": trace.assumptions,
         "lengths": [len(s) for s in streams],
@@ -71,6 +72,7 @@ def load(content: bytes) -> Trace:
                 Alternative(name=n, start=s, end=e, events=events, outputs=tuple((a, b) for a, b in outputs))
                 for (n, s, e, outputs), events in zip(header["alternatives"], streams[1:], strict=True)
             ),
+            asked_steps=header["asked_steps"],
             basis=header["basis"],
             assumptions=tuple(header["assumptions"]),
         )
