@@ -25,10 +25,19 @@ from engine.values import Request, Step
 _MOST_STEPS = 40
 
 
-def trace(model: Model, request: Request, dtype: str, changes: Sequence[Step] = (), target: str = "cuda") -> Trace:
+def trace(
+    model: Model,
+    request: Request,
+    dtype: str,
+    changes: Sequence[Step] = (),
+    *,
+    target: str = "cuda",
+    is_plain: bool = False,
+) -> Trace:
     """Return the trace of a request: seconds of work, no weights, no device.
 
-    `changes` are the steps that change what is computed: they are applied to the pipeline by their own `apply`.
+    `changes` are the steps that change what is computed: they are applied to the pipeline by their own `apply`. With
+    `is_plain` the VAE's other ways are not recorded.
     A run that stops is stood in for by its components (`basis` is "component"), with what stopped it.
 
     Raises: ModelError, for a model that cannot be built; UsageError, for arguments its pipeline does not take;
@@ -51,7 +60,7 @@ def trace(model: Model, request: Request, dtype: str, changes: Sequence[Step] = 
         )
         try:
             with twins.assumed() as assumed:
-                made = record.record(pipe, call, target, ways(request.batch))
+                made = record.record(pipe, call, target, () if is_plain else ways(request.batch))
             return replace(made, asked_steps=asked, assumptions=(*build.notes(pipe), *sorted(assumed)))
         except UsageError:
             raise

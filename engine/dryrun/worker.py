@@ -40,6 +40,7 @@ def _answer(question: Mapping[str, Any], answers: BinaryIO) -> None:
             request_of(question["request"]),
             question["dtype"],
             tuple(optimizers.spec(name).step(params) for name, params in question["changes"]),
+            is_plain=question["is_plain"],
         )
         content = tracefile.dump(trace)
         head: dict[str, Any] = {"bytes": len(content)}

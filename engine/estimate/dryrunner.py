@@ -34,8 +34,10 @@ class DryRunner:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def trace(self, model: Model, request: Request, dtype: str, changes: Sequence[Step] = ()) -> bytes:
-        """Return the bytes of a trace, of a pipeline that `changes` were applied to.
+    def trace(
+        self, model: Model, request: Request, dtype: str, changes: Sequence[Step] = (), *, is_plain: bool = False
+    ) -> bytes:
+        """Return the bytes of a trace, of a pipeline that `changes` were applied to, with other ways unless it is plain.
 
         Raises: ModelError, UsageError, IncompatibleError: what the dry run has against the request.
         """
@@ -45,6 +47,7 @@ class DryRunner:
                 "request": {name: getattr(request, name) for name in _ASKED},
                 "dtype": dtype,
                 "changes": [[s.name, dict(s.params)] for s in changes],
+                "is_plain": is_plain,
             },
             default=str,
         )

@@ -8,7 +8,7 @@ from engine import optimizers
 from engine.estimate import store, timeline
 from engine.estimate.timeline import Timeline
 from engine.estimate.trace import Trace
-from engine.estimate.whole import estimate, within
+from engine.estimate.whole import estimate, way, within
 from engine.facts.model import Model
 from engine.values import Estimate, Gpu, Request, Step
 
@@ -102,7 +102,8 @@ class Estimator:
         return self._keys[asked]
 
     def _trace(self, steps: Sequence[Step]) -> Trace | None:
-        found = store.find(self.model, self.request, _dtype(steps), _changes(steps), self._told)
+        is_plain = self.request.exact and not way(steps)
+        found = store.find(self.model, self.request, _dtype(steps), _changes(steps), self._told, is_plain=is_plain)
         if found is None:
             self.because = "torch, diffusers and transformers are needed for a dry run, and not all are installed"
         return found

@@ -116,20 +116,23 @@ def find(
     dtype: str,
     changes: Sequence[Step] = (),
     told: Callable[[str], None] | None = None,
+    *,
+    is_plain: bool = False,
 ) -> Trace | None:
     """Return the trace of a request: a known one, else from a dry run; None where no dry run can be made here.
 
-    `told` is given a line before a dry run. Raises: ModelError, UsageError, IncompatibleError.
+    `told` is given a line before a dry run. `is_plain` does without the other ways through the VAE, which take most of
+    the time where a video is decoded in tiles. Raises: ModelError, UsageError, IncompatibleError.
     """
     wanted = key(model, request, dtype, changes)
-    found = known(wanted)
+    found = known(wanted) or (known(f"{wanted}-plain") if is_plain else None)
     if found is not None or not can_trace():
         return found
     if told is not None:
         told(f"dry run of {model.id} (once for each size; some seconds, no weights)")
-    made = _dry.trace(model, request, dtype, changes)
+    made = _dry.trace(model, request, dtype, changes, is_plain=is_plain)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-        write(_cached_path(wanted), made)
+        write(_cached_path(f"{wanted}-plain" if is_plain else wanted), made)
     return tracefile.load(made)
 
 
