@@ -37,7 +37,7 @@ class DryRunner:
     def trace(
         self, model: Model, request: Request, dtype: str, changes: Sequence[Step] = (), *, is_plain: bool = False
     ) -> bytes:
-        """Return the bytes of a trace, of a pipeline that `changes` were applied to, with other ways unless it is plain.
+        """Return the bytes of a trace, of a pipeline that `changes` were applied to; if not plain, with the VAE's ways.
 
         Raises: ModelError, UsageError, IncompatibleError: what the dry run has against the request.
         """
