@@ -11,6 +11,7 @@ import engine
 from engine import facts, optimizers
 from engine.dryrun import build, record, run, twins
 from engine.dryrun.follow import Follower
+from engine.dryrun.operators import Target
 from engine.errors import IncompatibleError
 from engine.estimate import placements, store, stream
 from engine.estimate.trace import Event, Trace
@@ -25,10 +26,11 @@ SMALL_BYTES = 4096
 
 
 def real(pipe: Any, call: dict[str, Any]) -> Trace:
-    """Return the trace of a real run on the CPU under the same follower."""
+    """Return the trace of a real run on the CPU under the same follower, with what following changes put right."""
     modules = {n: c for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
     follower = Follower("cpu", [t for m in modules.values() for t in (*m.parameters(), *m.buffers())])
-    with torch.no_grad(), record.marked(modules, follower), record.steps_marked(pipe, follower), follower:
+    marks = record.marked(modules, follower), record.steps_marked(pipe, follower)
+    with torch.no_grad(), marks[0], marks[1], Target("cpu"), follower:
         pipe(**call)
     return record.trace(pipe, modules, follower)
 
@@ -259,8 +261,6 @@ def test_what_is_still_there_when_the_next_encoder_comes_counts() -> None:
 
 def most_at_once(target: str, function: Any, *inputs: torch.Tensor) -> int:
     """Return the most bytes that a function holds beyond its inputs, computed on meta as a target would."""
-    from engine.dryrun.operators import Target
-
     with torch.no_grad(), Target(target), Follower("meta", inputs) as follower:
         kept = function(*inputs)
     live = most = 0
@@ -283,6 +283,19 @@ def test_a_fused_norm_holds_its_output_and_one_taken_apart_holds_six_times_that(
     assert most_at_once("cpu", norm, x, weight) / MIB == pytest.approx(162, abs=1)
     # A weight of another dtype takes the long way on a card too.
     assert most_at_once("cuda", norm, x, weight.float()) / MIB > 100
+
+
+@pytest.mark.parametrize(("is_loaded", "copies"), [(True, 1), (False, 0)])
+def test_a_bias_is_added_in_place_and_loaded_weights_copy_an_input_that_is_not_contiguous(
+    is_loaded: bool, copies: int
+) -> None:
+    """As torch 2.13 does without a dispatch mode: counted, and read in its `Linear.cpp` and `LinearAlgebra.cpp`."""
+    x = torch.empty(2, 100, 64, device="meta")[:, :50]
+    layer: Any = torch.nn.Linear(64, 64, device="meta")
+    layer = build.as_loaded(layer, torch.float32) if is_loaded else layer.requires_grad_(False)
+    for target in ("cuda", "cpu"):
+        most = most_at_once(target, torch.nn.functional.linear, x, layer.weight, layer.bias)
+        assert most == (1 + copies) * x.numel() * 4
 
 
 @pytest.mark.parametrize(

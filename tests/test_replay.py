@@ -166,8 +166,54 @@ def forward() -> tuple[str, ...]:
 def test_blocks_come_in_groups(blocks_per_group: int, use_stream: bool, forwards: int, largest: int) -> None:
     toy = trace([BLOCKS], *(forward() * forwards))
     placement = placements.GroupOffload(toy, block_level=True, use_stream=use_stream, blocks_per_group=blocks_per_group)
-    # What is in no list is there for the whole forward, its modules' buffers twice.
-    assert most(toy, placement) == 30 + 2 * 6 + largest
+    # What is in no list is there for the whole forward, its modules' buffers twice from the second forward on.
+    assert most(toy, placement) == 30 + forwards * 6 + largest
+
+
+@pytest.mark.parametrize(("forwards", "expected"), [(1, 2010), (2, 1000 + 2010), (3, 1000 + 2010 + 2000)])
+def test_a_group_that_is_there_is_fetched_ahead_all_the_same(forwards: int, expected: int) -> None:
+    """`net.a` is called twice in a forward and fetches `net.b` both times, which then stays into the next forward.
+
+    There each of its tensors is copied anew before the old one goes: the larger is there twice for a moment.
+    """
+    one = ("net", "net.a", "/net.a", "net.b", "/net.b", "net.a", "/net.a", "/net")
+    toy = trace([NET], *(one * forwards))
+    assert most(toy, placements.GroupOffload(toy)) == expected
+
+
+def test_what_streamed_groups_take_is_in_the_pool_of_the_copies_from_the_first_forward_on() -> None:
+    toy = trace([NET], *STEP, *STEP)
+    made = stream.build(toy, placements.GroupOffload(toy))
+    assert made.aside == {k for k in range(1, len(made.sizes)) if made.kinds[k] == stream.WEIGHT}
+    made = stream.build(toy, placements.GroupOffload(toy, use_stream=False))
+    assert not made.aside
+
+
+CAST = component(
+    "net",
+    TracedModule(
+        path="net.a",
+        weights=(Weight(name="w", storage=1, size_bytes=1000, is_buffer=False),),
+        is_castable=True,
+    ),
+    module("net.b", 30),
+)
+
+
+@pytest.mark.parametrize(
+    ("placement", "others"),
+    [
+        (placements.Resident, 30),
+        (placements.ModelOffload, 30),
+        (placements.SequentialOffload, 0),
+        (placements.GroupOffload, 0),
+    ],
+)
+def test_a_layer_is_widened_while_it_computes_wherever_its_weights_are(placement: Any, others: int) -> None:
+    """At its end the narrow copy is made before the wide one goes: 1000 + 250, and the activation of 40."""
+    toy = trace([CAST], "net", "net.a", "40", "/net.a", "net.b", "/net.b", "/net")
+    casting = placements.Casting(storage="float8_e4m3fn", compute="float32")
+    assert most(toy, placement(toy, casting)) == 1000 + 250 + 40 + others
 
 
 def test_at_block_level_the_vae_is_resident() -> None:

@@ -54,7 +54,7 @@ def pipeline(model: Model, dtype: torch.dtype) -> Any:
         if isinstance(part, torch.nn.Module):
             stand_ins.settle(part)
             if part is not parts.get(name):
-                part.to("meta").eval().requires_grad_(False)
+                part.to("meta").eval()
     built.set_progress_bar_config(disable=True)
     pictures.stay_empty(built)
     setattr(built, _NOTES, () if guardrail is None else (guardrail.note,))
@@ -144,7 +144,8 @@ def as_loaded(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """Return a module in the precision that `from_pretrained(dtype=…)` gives it.
 
     Parameters and persistent buffers follow the dtype, except what the class keeps in float32 (`_keep_in_fp32_modules`;
-    transformers heeds that only under float16). Buffers that are not saved stay as they were made.
+    transformers heeds that only under float16). Buffers that are not saved stay as they were made. Parameters require
+    gradients, as loaded ones do: `matmul` copies an input that is not contiguous for a weight that does, and only then.
     """
     kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
     if type(module).__module__.startswith("transformers") and dtype != torch.float16:
@@ -159,10 +160,10 @@ def as_loaded(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
                 continue
             cast = value.detach().to(dtype)
             if key in owner._parameters:
-                owner._parameters[key] = torch.nn.Parameter(cast, requires_grad=False)
+                owner._parameters[key] = torch.nn.Parameter(cast)
             else:
                 owner._buffers[key] = cast
     tie = getattr(module, "tie_weights", None)
     if tie is not None:
         tie()
-    return module.eval().requires_grad_(False)
+    return module.eval()

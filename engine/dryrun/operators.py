@@ -33,6 +33,8 @@ class Row:
     target: str
     answer: Callable[..., Any]
     evidence: str
+    is_followers: bool = False
+    """Whether following changes the function, on any device, and not `meta`."""
 
 
 def _on_cpu(tensor: Tensor | None) -> Tensor | None:
@@ -124,6 +126,17 @@ def _cuda_rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None =
     return out
 
 
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """A bias that is not fused is added in place: under a dispatch mode torch adds it out of place instead.
+
+    It is fused for a matrix, and for what is contiguous.
+    """
+    if bias is None or input.dim() == 2 or (input.dim() > 2 and input.is_contiguous()):
+        return NotImplemented
+    return F.linear(input, weight).add_(bias)
+
+
+_LINEAR = "read in torch's Linear.cpp (isTensorSubclassLike); allocations counted on a device without a dispatch mode"
 _RMS_NORM = "bf16 [1, 4608, 3072]: 27 MiB fused, 162 MiB taken apart, as reported; not run on a card here"
 ROWS = (
     Row(F.scaled_dot_product_attention, "cpu", _cpu_attention, "the CPU's own chooser, asked in each call"),
@@ -133,6 +146,8 @@ ROWS = (
         _cuda_attention,
         "read in torch's transformers/cuda/sdp_utils.cpp (widths, alignment from 8.0 on); not run on a card here",
     ),
+    Row(F.linear, "cpu", _linear, _LINEAR, is_followers=True),
+    Row(F.linear, "cuda", _linear, _LINEAR, is_followers=True),
     Row(F.rms_norm, "cuda", _cuda_rms_norm, _RMS_NORM),
     Row(torch.rms_norm, "cuda", _cuda_rms_norm, _RMS_NORM),
 )
@@ -153,17 +168,17 @@ class Target(TorchFunctionMode):
 
     def __init__(self, target: str) -> None:
         super().__init__()
-        self._answers = {row.function: row.answer for row in ROWS if row.target == target}
+        self._rows = {row.function: row for row in ROWS if row.target == target}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         given = {} if kwargs is None else kwargs
-        answer = self._answers.get(func)
-        if answer is not None:
+        row = self._rows.get(func)
+        if row is not None:
             first = next((a for a in (*args, *given.values()) if isinstance(a, Tensor)), None)
-            if first is not None and first.device.type == "meta":
-                result = answer(*args, **given)
+            if first is not None and (row.is_followers or first.device.type == "meta"):
+                result = row.answer(*args, **given)
                 if result is not NotImplemented:
                     return result
         elif func in _MAKE_TENSORS and args:

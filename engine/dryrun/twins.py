@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.utils._pytree import tree_leaves, tree_map
 
 from engine.dryrun import shapes
@@ -323,6 +324,25 @@ def _spread(func: Any, args: Any, kwargs: Any, has_values: bool) -> Any:
     return result
 
 
+def _convolved(func: Any, args: Any, kwargs: Any, has_values: bool) -> Any:
+    """Lay a convolution's result out channels-last where its input or weight is: on meta it is always contiguous.
+
+    As cuDNN and oneDNN do (`cudnn_conv_use_channels_last` and its like in torch's ConvUtils.h); a norm then copies it.
+    A single picture's strides are ambiguous, and devices come to others for it than meta does (a division by a number
+    leaves the first as it was): `suggest_memory_format` then says contiguous there, so that it is left so here.
+    """
+    result = _computed(func, args, kwargs, has_values)
+    if args[0].shape[0] < 2:
+        return result
+    formats = (suggest_memory_format(t) for t in args[:2])
+    wanted = next((f for f in formats if f is not torch.contiguous_format), None)
+    if wanted is None or not result.is_meta or result.dtype == torch.float64:
+        return result
+    value = twin(result)
+    laid_out = torch.empty_like(result, memory_format=wanted)
+    return laid_out if value is None else give(laid_out, value)
+
+
 _ANSWERED: dict[Any, Callable[[Any, Any, Any, bool], Any]] = {
     aten._local_scalar_dense.default: _read,
     aten.equal.default: _read,
@@ -337,6 +357,7 @@ _ANSWERED: dict[Any, Callable[[Any, Any, Any, bool], Any]] = {
     aten._to_copy.default: _copied_out,
     aten.copy_.default: _copied_out,
     aten.topk.default: _spread,
+    aten.convolution.default: _convolved,
 }
 # By `id`, since an operator's hash is computed in Python each time.
 _ANSWERS = {id(func): answer for func, answer in _ANSWERED.items()}

@@ -17,7 +17,7 @@ from engine.estimate.trace import Trace, TracedComponent, TracedModule, Weight
 LOAD, FETCH, DROP, STORE, EMPTY, WAIT = range(6)
 """
 LOAD   weights are copied to the device, and the host waits for it (from pageable memory)
-FETCH  the same on a stream of its own, from pinned memory, while the device computes
+FETCH  the same on a stream of its own, from pinned memory, while the device computes; what is there is copied anew
 DROP   weights are let go of; the host has kept its copy
 STORE  weights are copied back to the host and let go of
 EMPTY  the allocator's cache is emptied
@@ -225,7 +225,9 @@ class GroupOffload(Placement):
     optimizer leaves it.
 
     With a stream the order of groups is learnt in a component's first forward. From its second on, a group fetches the
-    next one before it computes; the component itself fetches the first. Block groups keep their buffers.
+    next one before it computes, even if that is there already (a module that is called more than once); the component
+    itself fetches the first. Until then, and where the order was not kept, a group comes by itself: on the same stream,
+    but waited for. Block groups keep their buffers.
     """
 
     def __init__(
@@ -244,6 +246,7 @@ class GroupOffload(Placement):
         self.kept: list[int] = []
         self.groups: dict[str, tuple[int, ...]] = {}
         self.stays: dict[str, tuple[int, ...]] = {}
+        self.copies: dict[str, tuple[int, ...]] = {}
         self.last: dict[str, str] = {}
         self.unmatched: set[str] = set()
         for component in trace.components:
@@ -275,11 +278,11 @@ class GroupOffload(Placement):
                     self.stays[group[0]] = self.slots(w for w in weights if w.is_buffer)
                 self.last[group[-1]] = group[0]
         rest = [w for weights in left.values() for w in weights]
-        # The group lists the buffers of its modules once more by themselves. Moving a module makes new buffers, so that
-        # the listed ones are old objects, which are then moved as well: while the group is here they are here twice.
+        self.groups[component.name] = self.slots(rest)
+        # The group lists the buffers of its modules once more by themselves. Moving a module back makes new buffers, so
+        # that from then on the listed ones are old objects, which are moved as well: they are here twice.
         twice = [w for path, weights in left.items() if path != component.name for w in weights if w.is_buffer]
-        copies = tuple(self._new_slot(w.size_bytes) for w in twice)
-        self.groups[component.name] = (*self.slots(rest), *copies)
+        self.copies[component.name] = tuple(self._new_slot(w.size_bytes) for w in twice)
         self.unmatched.add(component.name)
 
     def resident(self) -> tuple[int, ...]:
@@ -291,19 +294,36 @@ class GroupOffload(Placement):
     def acts_on(self, path: str) -> bool:
         return path in self.groups or path in self.last or path in self.roots
 
-    def _come(self, path: str, verb: int) -> Iterator[Move]:
-        if path not in self.here and path in self.groups:
-            self.here.add(path)
-            yield Move(verb, self.groups[path])
+    def _is_streamed(self, path: str) -> bool:
+        return self.use_stream and path not in self.unmatched
+
+    def _come(self, path: str) -> Iterator[Move]:
+        """Bring a group for its own sake, if it is not there."""
+        if path in self.here or path not in self.groups:
+            return
+        self.here.add(path)
+        if self._is_streamed(path):
+            yield Move(FETCH, self.groups[path])
+            yield _WAIT
+        else:
+            yield Move(LOAD, self.groups[path])
+
+    def _fetch(self, path: str) -> Iterator[Move]:
+        """Bring a group ahead: nobody looks whether it is there."""
+        self.here.add(path)
+        yield Move(FETCH, self.groups[path])
 
     def _go(self, path: str) -> Iterator[Move]:
-        if path in self.here:
-            self.here.remove(path)
-            stays = self.stays.pop(path, ())  # after the first time they are there
-            if stays:
-                self.groups[path] = tuple(s for s in self.groups[path] if s not in stays)
-            is_stored = not self.use_stream or path in self.unmatched
-            yield Move(STORE if is_stored else DROP, self.groups[path])
+        if path not in self.here:
+            return
+        self.here.remove(path)
+        group = self.groups[path]
+        if self._is_streamed(path):
+            stays = self.stays.get(path, ())
+            yield Move(DROP, tuple(s for s in group if s not in stays))
+        else:
+            yield Move(STORE, group)
+            self.groups[path] += self.copies.pop(path, ())
 
     def begin(self, path: str) -> Iterable[Move]:
         root = path.partition(".")[0]
@@ -313,20 +333,20 @@ class GroupOffload(Placement):
                 self.learning = root
                 self.order[root] = []
             elif known:
-                yield from self._come(path, LOAD)
-                yield from self._come(known[0], FETCH)
+                yield from self._come(path)
+                yield from self._fetch(known[0])
                 return
         if path not in self.groups:
             return
         if path in self.here:  # it was fetched ahead
             yield _WAIT
-        yield from self._come(path, LOAD)
+        yield from self._come(path)
         if not self.use_stream or path == root:
             return
         if self.learning == root:
             self.order[root].append(path)
         elif path in self.following:
-            yield from self._come(self.following[path], FETCH)
+            yield from self._fetch(self.following[path])
 
     def end(self, path: str) -> Iterable[Move]:
         if path == self.learning:

@@ -140,10 +140,14 @@ def _moved(made: Stream, move: Move, placement: Placement, weights: dict[int, in
     verb = move.verb
     if verb in (LOAD, FETCH):
         for slot in move.slots:
-            if slot not in weights:
-                key = weights[slot] = made.allocate(placement.sizes[slot], WEIGHT, component)
-                if verb == FETCH:
-                    made.aside.add(key)
+            before = weights.get(slot)
+            if before is not None and verb == LOAD:
+                continue
+            key = weights[slot] = made.allocate(placement.sizes[slot], WEIGHT, component)
+            if verb == FETCH:
+                made.aside.add(key)
+            if before is not None:
+                made.events.append(-before)
     elif verb in (DROP, STORE):
         for slot in move.slots:
             if slot in weights:
