@@ -54,7 +54,7 @@ def test_without_a_dry_run_nothing_is_estimated_and_nothing_is_invented() -> Non
     assert plan.estimate == Estimate()
     said = json.loads(plan.to_json())["estimate"]
     known = {k: v for k, v in said.items() if v is not None and k not in ("host", "interval")}
-    assert known == {"calibrated": False, "phases": []}
+    assert known == {"calibrated": False, "phases": [], "assumptions": []}
     assert "not estimated" in plan.explain()
 
 
