@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import engine
+from engine import arguments, cards
 from engine.cli import options
 from engine.errors import HardwareError, UsageError
 from engine.plan import Plan
 from engine.run.generate import MAX_SEED
 from engine.units import format_size
-from engine.values import Note
+from engine.values import Note, Request
 from engine.words import listing
 
 if TYPE_CHECKING:
@@ -49,13 +50,13 @@ def parser() -> options.Parser:
     return made
 
 
-def run(arguments: list[str]) -> int:
+def run(argv: list[str]) -> int:
     """Plan, check the output's place, load, apply, generate, write. Returns the exit code."""
     made = parser()
-    if not arguments:
+    if not argv:
         made.print_help(sys.stderr)
         return UsageError.exit_code
-    given = made.read(arguments)
+    given = made.read(argv)
     if given.prompt is None or not given.prompt.strip():
         what = "there is no --prompt" if given.prompt is None else "the prompt is empty"
         raise UsageError(what, do='say what to draw: --prompt "a red circle on a blue background"')
@@ -65,6 +66,9 @@ def run(arguments: list[str]) -> int:
     wanted = options.request(given)
     if given.auto and given.force:
         raise UsageError("--force is for a list of your own", "with --auto only what fits is chosen", "leave one out")
+
+    if wanted["gpu"] is not None or wanted["vram"] is not None:
+        _refuse_imagined(wanted)
 
     def planned() -> Plan:
         plan = engine.resolve(**wanted, **guide, told=lambda line: print(line, file=sys.stderr, flush=True))
@@ -89,7 +93,6 @@ def _draw(planned: Callable[[], Plan], prompt: str, seed: int | None, place: Pat
     told = OnStderr()
     plan = planned()
     load.refuse_unfit(plan)
-    _refuse_imagined_vram(plan)
     seed = generate.new_seed() if seed is None else seed
     paths = output.paths(place, plan.request.batch, seed)
     output.check(paths, plan.request.pixels)
@@ -126,8 +129,16 @@ def _loaded(planned: Callable[[], Plan], plan: Plan, told: Progress, *, debug: b
     )
 
 
-def _refuse_imagined_vram(plan: Plan) -> None:
-    imagined = [g for g in plan.hardware.gpus if g.hypothetical]
+def _refuse_imagined(wanted: Mapping[str, Any]) -> None:
+    """Refuse a card that is not here, before anything is planned for it. Raises: UsageError, HardwareError."""
+    asked = Request(
+        model="",
+        device=wanted["device"],
+        gpu=wanted["gpu"],
+        vram_bytes=arguments.size("vram", wanted["vram"]),
+        host_ram_bytes=arguments.size("host_ram", wanted["host_ram"]),
+    )
+    imagined = [g for g in cards.snapshot(asked, None).gpus if g.hypothetical]
     if imagined:
         raise UsageError(
             f"the plan is for a card that is not here ({imagined[0].name})",
