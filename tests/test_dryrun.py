@@ -298,6 +298,14 @@ def test_a_bias_is_added_in_place_and_loaded_weights_copy_an_input_that_is_not_c
         assert most == (1 + copies) * x.numel() * 4
 
 
+@pytest.mark.parametrize(("batch", "is_kept"), [(2, True), (1, False)])
+def test_a_convolution_of_pictures_that_are_channels_last_leaves_them_so(batch: int, is_kept: bool) -> None:
+    x = torch.empty(batch, 8, 6, 6, device="meta").to(memory_format=torch.channels_last)
+    with torch.no_grad(), Follower("meta"):
+        made = torch.nn.Conv2d(8, 8, 3, padding=1, device="meta")(x)
+    assert made.is_contiguous(memory_format=torch.channels_last) is is_kept
+
+
 @pytest.mark.parametrize(
     ("dtype", "width", "is_masked", "is_fused"),
     [

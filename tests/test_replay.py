@@ -216,6 +216,13 @@ def test_a_layer_is_widened_while_it_computes_wherever_its_weights_are(placement
     assert most(toy, placement(toy, casting)) == 1000 + 250 + 40 + others
 
 
+def test_at_leaf_level_what_a_vae_itself_owns_never_comes() -> None:
+    """Its `decode` bypasses the hook on its forward."""
+    vae = component("vae", module("vae", buffers=(16,)), module("vae.a", 300))
+    toy = trace([vae], "vae", "vae.a", "60", "/vae.a", "/vae")
+    assert most(toy, placements.GroupOffload(toy)) == 300 + 60
+
+
 def test_at_block_level_the_vae_is_resident() -> None:
     toy = trace([NET, VAE], *STEP)
     assert kept(placements.GroupOffload(toy, block_level=True)) == 300

@@ -256,7 +256,9 @@ class GroupOffload(Placement):
                 self._blocks(component, 1 if use_stream else blocks_per_group)
             else:
                 for module in component.modules:
-                    self.groups[module.path] = self.slots(module.weights)
+                    # What a VAE itself owns never comes (statistics of its latents, mostly).
+                    if not (is_vae(component.name) and module.path == component.name):
+                        self.groups[module.path] = self.slots(module.weights)
         self.all_slots = tuple(
             dict.fromkeys(s for path, g in self.groups.items() if path not in self.unmatched for s in g)
         )
