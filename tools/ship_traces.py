@@ -22,6 +22,7 @@ from engine.values import FrozenDict, Request
 
 FOLDER = Path(store.__file__).parent / "shipped"
 SQUARES_PX = (512, 1024)
+_WITHOUT_SIZE = ("KandinskyV22PriorPipeline",)
 MOST_BYTES = 6 * 1024**2
 
 
@@ -40,7 +41,7 @@ def requests(model: Model) -> Iterator[tuple[Request, str]]:
     )
     for dtype in ("bfloat16", "float16"):
         yield own, dtype
-    if model.id == embedded.ID:
+    if model.id == embedded.ID or model.pipeline_class in _WITHOUT_SIZE:
         return
     for side in SQUARES_PX:
         if (usual.frames or 1) == 1 and usual.height is not None and (usual.height, usual.width) != (side, side):
