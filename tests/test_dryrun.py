@@ -30,9 +30,10 @@ def real(pipe: Any, call: dict[str, Any]) -> Trace:
     modules = {n: c for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
     follower = Follower("cpu", [t for m in modules.values() for t in (*m.parameters(), *m.buffers())])
     marks = record.marked(modules, follower), record.steps_marked(pipe, follower)
+    parts = record.components(modules)
     with torch.no_grad(), marks[0], marks[1], Target("cpu"), follower:
         pipe(**call)
-    return record.trace(pipe, modules, follower)
+    return record.trace(pipe, parts, follower)
 
 
 def dry(pipe: Any, call: dict[str, Any], target: str = "cpu") -> Trace:

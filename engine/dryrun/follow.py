@@ -30,8 +30,8 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.builder = Builder()
         self._alive: dict[int, _Ref] = {}
         self._foreign: dict[int, _Ref] = {}
-        # Weights are not activations: a policy places them, later. Holding them keeps their keys from being used again.
-        self._known = {s._cdata: s for s in (t.untyped_storage() for t in known)}
+        # Weights are not activations: a policy places them, later.
+        self._known = {s._cdata: _Ref(s, self._gone, s._cdata, -1) for s in (t.untyped_storage() for t in known)}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -51,6 +51,10 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive = outside
         for ref in [r for r in outside.values() if r() is None]:
             self._died(ref)
+
+    def finish(self) -> None:
+        """Look no further: what dies from now on dies unseen."""
+        self._known, self._alive, self._foreign = {}, {}, {}
 
     def alive_since(self, number: int) -> list[int]:
         """Return the storages that are alive and were born since that number, in the order of births."""
@@ -96,6 +100,11 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._alive.get(ref.key) is ref:
             del self._alive[ref.key]
             self.builder.died(ref.number)
+
+    def _gone(self, ref: _Ref) -> None:
+        if self._known.get(ref.key) is ref:
+            del self._known[ref.key]
+            self.builder.gone(ref.key)
 
     def _left(self, ref: _Ref) -> None:
         if self._foreign.get(ref.key) is ref:

@@ -36,9 +36,10 @@ def record(pipe: Any, call: dict[str, Any], target: str, ways: Sequence[str] = (
     modules = {n: c for n, c in pipe.components.items() if isinstance(c, nn.Module)}
     follower = Follower("meta", [t for m in modules.values() for t in (*m.parameters(), *m.buffers())])
     steps = steps_marked(pipe, follower)
+    parts = components(modules)  # as they are before the call, which may let go of some weights
     with torch.no_grad(), _autocast_knows_meta(), marked(modules, follower, ways), steps, Target(target), follower:
         pipe(**call)
-    return trace(pipe, modules, follower)
+    return trace(pipe, parts, follower)
 
 
 @contextlib.contextmanager
@@ -89,12 +90,19 @@ def _autocast_knows_meta() -> Iterator[None]:
         torch.autocast = real  # type: ignore[misc]
 
 
-def trace(pipe: Any, modules: dict[str, nn.Module], follower: Follower) -> Trace:
-    """Return what a follower recorded, with the weights of the modules it was recorded on."""
+def components(modules: dict[str, nn.Module]) -> tuple[TracedComponent, ...]:
+    """Return components with their weights as they are now."""
+    return tuple(_component(name, module) for name, module in modules.items())
+
+
+def trace(pipe: Any, parts: tuple[TracedComponent, ...], follower: Follower) -> Trace:
+    """Return what a follower recorded of a pipeline with these components."""
+    follower.finish()
+    modules = {c.name for c in parts}
     chain = [n for n in (pipe.model_cpu_offload_seq or "").split("->") if n in modules]
     return Trace(
         pipeline_class=type(pipe).__name__,
-        components=tuple(_component(name, module) for name, module in modules.items()),
+        components=parts,
         offload_chain=tuple(chain),
         offload_excluded=tuple(n for n in pipe._exclude_from_cpu_offload if n in modules),
         **follower.builder.tables(),

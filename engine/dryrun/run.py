@@ -109,8 +109,9 @@ def _by_component(pipe: Any, request: Request, target: str, because: str) -> Tra
     """Return what stands in for a run that stopped. Raises: ModelError, when not one component can be called."""
     modules = {n: c for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
     follower = Follower("meta", [t for m in modules.values() for t in (*m.parameters(), *m.buffers())])
+    parts = record.components(modules)
     silent = components.trace_each(modules, follower, request, target)
-    made = record.trace(pipe, modules, follower)
+    made = record.trace(pipe, parts, follower)
     if len(silent) == len(modules):
         raise ModelError(
             f"{request.model} cannot be dry-run", f"{because}; {'; '.join(silent)}", "report this with the model's name"

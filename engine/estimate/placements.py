@@ -107,6 +107,10 @@ class Placement:
             found.append(slot)
         return tuple(dict.fromkeys(found))
 
+    def slot_of(self, storage: int) -> int:
+        """Return the slot of a storage; -1 where it has none by now."""
+        return self._slots.get(storage, -1)
+
     def bytes_of(self, slots: Iterable[int]) -> int:
         """Return the bytes of slots as they are moved."""
         return sum(self.sizes[s] for s in slots)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from engine.estimate.placements import DROP, EMPTY, FETCH, LOAD, STORE, Move, Placement
-from engine.estimate.trace import BEGIN, BORN, DIED, END, KIND_BITS, KIND_MASK, PHASE, STEP, WORK, Trace, Work
+from engine.estimate.trace import BEGIN, BORN, DIED, END, GONE, KIND_BITS, KIND_MASK, PHASE, STEP, WORK, Trace, Work
 
 CUDA_GRANULE_BYTES = 512
 """The caching allocator rounds every request up to this, and counts it so."""
@@ -102,6 +102,10 @@ def build(trace: Trace, placement: Placement, takes: Callable[[Work], Taken] | N
             made.marks.append((len(events), trace.phases[payload]))
         elif kind == STEP:
             made.step_ends.append(len(events))
+        elif kind == GONE:
+            slot_gone = placement.slot_of(trace.gone[payload])
+            if slot_gone in weights:
+                events.append(-weights.pop(slot_gone))
         elif kind == BEGIN and acts[payload]:
             path = paths[payload]
             for move in placement.begin(path):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 # An event is one number: its kind in the low three bits, and above them what the kind says.
-BORN, DIED, BEGIN, END, PHASE, WORK, STEP = range(7)
+BORN, DIED, BEGIN, END, PHASE, WORK, STEP, GONE = range(8)
 """
 BORN   a storage is born; an index into `sizes`. Its number is the count of births before it.
 DIED   a storage dies: how many births ago it was born, the latest being 0
@@ -22,6 +22,7 @@ END    it ends
 PHASE  encode, denoise, decode, then encode.2 and so on; an index into `phases`
 WORK   an operator computes; an index into `works`
 STEP   a denoising step has ended
+GONE   a weight is let go of, since another takes its place (a VAE that is widened); an index into `gone`
 """
 KIND_BITS = 3
 KIND_MASK = (1 << KIND_BITS) - 1
@@ -29,7 +30,7 @@ EVENT_TYPE = "I"
 TRACED_STEPS = 2
 """Denoising steps that are traced: what is held differs between the first and the second, and then no more."""
 
-_SIGNS = {BORN: "+", DIED: "-", BEGIN: ">", END: "<", PHASE: "=", WORK: "*", STEP: "|"}
+_SIGNS = {BORN: "+", DIED: "-", BEGIN: ">", END: "<", PHASE: "=", WORK: "*", STEP: "|", GONE: "x"}
 
 
 class Work(NamedTuple):
@@ -129,6 +130,8 @@ class Trace:
     paths: tuple[str, ...]
     phases: tuple[str, ...]
     works: tuple[Work, ...] = ()
+    gone: tuple[int, ...] = ()
+    """Storages of weights that are let go of during the run."""
     alternatives: tuple[Alternative, ...] = ()
     asked_steps: int = TRACED_STEPS
     """How many denoising steps were asked for; from pictures fewer are taken, and some schedulers take more calls."""
@@ -262,6 +265,7 @@ class Builder:
     _paths: dict[str, int] = field(default_factory=dict)
     _phases: dict[str, int] = field(default_factory=dict)
     _works: dict[Work, int] = field(default_factory=dict)
+    _gone: dict[int, int] = field(default_factory=dict)
 
     def born(self, size_bytes: int) -> int:
         """Record a birth, and return the storage's number."""
@@ -286,6 +290,9 @@ class Builder:
 
     def step(self) -> None:
         self._add(STEP, 0)
+
+    def gone(self, storage: int) -> None:
+        self._add(GONE, self._index(self._gone, storage))
 
     def _add(self, kind: int, payload: int) -> None:
         self.events.append(payload << KIND_BITS | kind)
@@ -315,5 +322,6 @@ class Builder:
             "paths": tuple(self._paths),
             "phases": tuple(self._phases),
             "works": tuple(self._works),
+            "gone": tuple(self._gone),
             "alternatives": tuple(self.alternatives),
         }

@@ -38,6 +38,7 @@ def dump(trace: Trace) -> bytes:
         "paths": trace.paths,
         "phases": trace.phases,
         "works": trace.works,
+        "gone": [numbers[storage] for storage in trace.gone],
         "alternatives": [[a.name, a.start, a.end, a.outputs] for a in trace.alternatives],
         "asked_steps": trace.asked_steps,
         "basis": trace.basis,
@@ -67,6 +68,7 @@ def load(content: bytes) -> Trace:
             sizes=tuple(header["sizes"]),
             paths=tuple(header["paths"]),
             phases=tuple(header["phases"]),
+            gone=tuple(header["gone"]),
             works=tuple(Work(k, d, tuple(dims), moved) for k, d, dims, moved in header["works"]),
             alternatives=tuple(
                 Alternative(name=n, start=s, end=e, events=events, outputs=tuple((a, b) for a, b in outputs))
