@@ -342,3 +342,19 @@ def test_autocast_on_meta_is_entered_where_it_changes_nothing_and_refused_where_
         with pytest.raises(RuntimeError, match="does not follow an autocast"):
             torch.autocast("meta", torch.bfloat16)
     assert torch.autocast is before
+
+
+def test_a_vae_that_is_widened_for_decoding_is_there_once() -> None:
+    """`upcast_vae` puts float32 weights in the place of half ones: those are let go of, and not held beside."""
+    pipe, call = tiny.made("sdxl")
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.to(torch.float16)
+    pipe.vae.register_to_config(force_upcast=True)
+    found = dry(pipe, call)
+    vae = found.component("vae").weights()
+    assert set(found.gone) == {w.storage for w in vae if w.dtype == "float16"}
+    made = stream.build(found, placements.Resident(found))
+    freed = [-event for event in made.events if event < 0]
+    halves = [key for key in freed if made.kinds[key] == stream.WEIGHT]
+    assert sum(made.sizes[key] for key in halves) == sum(w.size_bytes for w in vae)
