@@ -53,6 +53,8 @@ def _estimate(plan: Plan) -> list[tuple[str, str]]:
             f" are needed: {fits}\n" + "\n".join(phases),
         )
     ]
+    if taken.basis == "interpolated":
+        rows.append(("basis", "between two sizes that were traced: torch is not installed, and no dry run can be made"))
     if taken.basis == "component":
         rows.append(
             ("basis", "component by component, since the pipeline itself could not be dry-run: a wide interval")

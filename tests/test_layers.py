@@ -67,6 +67,7 @@ LAYERS = [
     "engine.estimate.whole",
     "engine.estimate.dryrunner",
     "engine.estimate.timeline",
+    "engine.estimate.between",
     "engine.estimate.store",
     "engine.estimate.estimator",
     "engine.arguments",

@@ -21,7 +21,6 @@ from engine.facts.model import Model
 from engine.values import FrozenDict, Request
 
 FOLDER = Path(store.__file__).parent / "shipped"
-SQUARES_PX = (512, 1024)
 _WITHOUT_SIZE = ("KandinskyV22PriorPipeline",)
 MOST_BYTES = 6 * 1024**2
 
@@ -43,7 +42,7 @@ def requests(model: Model) -> Iterator[tuple[Request, str]]:
         yield own, dtype
     if model.id == embedded.ID or model.pipeline_class in _WITHOUT_SIZE:
         return
-    for side in SQUARES_PX:
+    for side in store.SHIPPED_SIDES_PX:
         if (usual.frames or 1) == 1 and usual.height is not None and (usual.height, usual.width) != (side, side):
             yield dataclasses.replace(own, height=side, width=side), "bfloat16"
 

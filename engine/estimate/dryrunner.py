@@ -33,6 +33,7 @@ class DryRunner:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
+        self._one_at_a_time = threading.Lock()
 
     def trace(
         self, model: Model, request: Request, dtype: str, changes: Sequence[Step] = (), *, is_plain: bool = False
@@ -52,7 +53,8 @@ class DryRunner:
             default=str,
         )
         try:
-            head, content = self._asked(question.encode() + b"\n")
+            with self._one_at_a_time:
+                head, content = self._asked(question.encode() + b"\n")
         except BaseException:
             self.close()  # an answer that was not read to its end would be taken for the next one's
             raise

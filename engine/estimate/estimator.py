@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from engine import optimizers
 from engine.estimate import store, timeline
+from engine.estimate.between import between
 from engine.estimate.timeline import Timeline
 from engine.estimate.trace import Trace
 from engine.estimate.whole import estimate, way, within
@@ -53,7 +55,8 @@ class Estimator:
         if found is None:
             trace = self._trace(steps)
             if trace is None:
-                return UNKNOWN
+                neighbours = self._between(steps)
+                return UNKNOWN if neighbours is None else within(neighbours, self.budget_bytes)
             found = estimate(
                 trace,
                 steps,
@@ -107,6 +110,30 @@ class Estimator:
         if found is None:
             self.because = "torch, diffusers and transformers are needed for a dry run, and not all are installed"
         return found
+
+    def _between(self, steps: Sequence[Step]) -> Estimate | None:
+        """Return what lies between the nearest sizes whose traces are there; None where one side has none."""
+        usual, pixels = self.model.defaults, self.request.pixels
+        if pixels is None:
+            return None
+        sizes = {(side, side) for side in store.SHIPPED_SIDES_PX}
+        if usual.height is not None and usual.width is not None:
+            sizes.add((usual.height, usual.width))
+        below: tuple[int, Request] | None = None
+        above: tuple[int, Request] | None = None
+        for height, width in sorted(sizes, key=lambda size: size[0] * size[1]):
+            asked = dataclasses.replace(self.request, height=height, width=width)
+            if store.known(store.key(self.model, asked, _dtype(steps), _changes(steps))) is None:
+                continue
+            if height * width <= pixels:
+                below = height * width, asked
+            elif above is None:
+                above = height * width, asked
+        if below is None or above is None:
+            return None
+        low, high = (Estimator(self.model, asked, self.gpu, None)(steps) for _, asked in (below, above))
+        self.because = None
+        return between(low, high, (pixels - below[0]) / (above[0] - below[0]))
 
     def save(self) -> None:
         """Keep the answers that are new."""

@@ -32,6 +32,8 @@ _TRACING = ("estimate/trace.py", "estimate/tracefile.py", "dryrun/*.py", "optimi
 _ANSWERING = ("estimate/*.py", "gpus/*.json")
 _LIBRARIES = ("torch", "diffusers", "transformers")
 _KEPT_IN_MEMORY = 4
+SHIPPED_SIDES_PX = (512, 1024)
+"""Sides of the square pictures that traces are shipped for, beside each model's own size."""
 _dry = DryRunner()
 # What is known of a component's weights as they lie on disk: no matter to a run that has none.
 _OF_FILES = ("stored_dtype", "variants")
