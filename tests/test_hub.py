@@ -212,7 +212,7 @@ def test_what_is_not_found_is_said_in_three_parts(name: str, answers: Mapping[st
     answer = answers[name]
     assert answer.code == 5, answer.err
     assert "Traceback" not in answer.err
-    told = answer.err[answer.err.index("dg-run: ") :].splitlines()
+    told = answer.err.splitlines()
     assert [line[:6] for line in told] == ["dg-run", "  why:", "  do: "], answer.err
     for pattern, line in zip(CASES[name].says or (), told, strict=True):
         assert re.search(pattern, line), answer.err

@@ -8,6 +8,7 @@ again and again for ever. So its calls run in threads of their own, which are wa
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import queue
 import re
@@ -24,6 +25,7 @@ from engine.facts.model import Model
 MAX_FILES = 2 * directory.MAX_COMPONENTS
 MAX_BYTES = 4 * directory.MAX_CONFIG_BYTES
 _COMMIT = re.compile(r"[0-9a-f]{40}\Z")
+_THREADS = "dg-run-hub"
 
 
 def cached_snapshot(name: str, cache: Path, revision: str | None = None) -> Path | None:
@@ -90,6 +92,8 @@ def _download(name: str, revision: str, cache: Path) -> Path:
     step_s = constants.HF_HUB_ETAG_TIMEOUT
     until = time.monotonic() + 3 * (step_s + constants.HF_HUB_DOWNLOAD_TIMEOUT)
     guard = _guard(until)
+    for logger in ("huggingface_hub.file_download", "huggingface_hub.utils._http"):
+        logging.getLogger(logger).addFilter(_is_not_ours)  # once: the same filter is not added twice
 
     def get(file: str, revision: str) -> str:
         return hf_hub_download(name, file, revision=revision, cache_dir=cache, etag_timeout=step_s, tqdm_class=guard)
@@ -116,6 +120,11 @@ def _download(name: str, revision: str, cache: Path) -> Path:
             "run again",
         )
     return folder
+
+
+def _is_not_ours(record: logging.LogRecord) -> bool:
+    """Whether a remark is of a download that is not ours: what becomes of ours is said by the error, in one piece."""
+    return not (record.threadName or "").startswith(_THREADS)
 
 
 def _guard(until: float) -> Any:
@@ -166,7 +175,7 @@ def _together(jobs: Sequence[Callable[[], Any]], until: float) -> list[Any]:
             done.put((number, None, error))
 
     for number, job in enumerate(jobs):
-        threading.Thread(target=work, args=(number, job), daemon=True, name=f"dg-run-hub-{number}").start()
+        threading.Thread(target=work, args=(number, job), daemon=True, name=f"{_THREADS}-{number}").start()
     results: list[Any] = [None] * len(jobs)
     for _ in jobs:
         try:
