@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine import arguments, cards, facts, plan, profiles, solver, versions
 from engine.arguments import StepLike
 from engine.errors import HardwareError, ModelError, NothingFitsError, UsageError
 from engine.estimate.estimator import Estimator
-from engine.estimate.timeline import Timeline
 from engine.facts.model import Component, Model
 from engine.plan import Plan
 from engine.values import Device, FrozenDict, Hardware, Note, ProfileRef, Request
 from engine.words import did_you_mean
+
+if TYPE_CHECKING:
+    from engine.estimate.timeline import Timeline
 
 _GUIDANCE_NOTE = Note(
     kind="no_effect",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 from dataclasses import dataclass
 from functools import cache
 
@@ -34,6 +35,13 @@ def installed(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+@cache
+def cudnn() -> tuple[int, ...] | None:
+    """Return the version of cuDNN that is installed beside torch, or None where there is none to be seen."""
+    found = next((v for n in ("cu13", "cu12") if (v := installed(f"nvidia-cudnn-{n}"))), None)
+    return None if found is None else tuple(int(part) for part in re.findall(r"\d+", found)[:3])
 
 
 def snapshot() -> dict[str, str | None]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import engine
 from engine import optimizers, validation
-from engine.estimate import placements, whole
+from engine.estimate import between, placements, whole
 from engine.estimate.trace import Builder, Trace, TracedModule, Work
 from engine.plan import Plan
 from engine.values import Estimate, HostBytes, Step
@@ -194,7 +194,7 @@ def test_within_a_budget_what_is_cached_stops_at_it() -> None:
     taken = Estimate(device_bytes=100, peak_reserved_bytes=80, peak_allocated_bytes=70, required_bytes=60)
 
     def came_to(budget: int | None) -> tuple[int | None, int | None, int | None]:
-        found = whole.within(taken, budget)
+        found = between.within(taken, budget)
         assert found.required_bytes == 60
         return found.device_bytes, found.peak_reserved_bytes, found.peak_allocated_bytes
 
@@ -202,7 +202,7 @@ def test_within_a_budget_what_is_cached_stops_at_it() -> None:
     assert came_to(95) == (95, 75, 70)
     assert came_to(75) == (75, 55, 55)
     assert came_to(60) == came_to(10) == came_to(0) == (60, 40, 40)
-    assert whole.within(Estimate(), 5) == Estimate()
+    assert between.within(Estimate(), 5) == Estimate()
 
 
 # The embedded model, from end to end.

@@ -64,6 +64,7 @@ LAYERS = [
     "engine.estimate.stream",
     "engine.estimate.workspaces",
     "engine.estimate.clock",
+    "engine.estimate.ways",
     "engine.estimate.whole",
     "engine.estimate.dryrunner",
     "engine.estimate.timeline",

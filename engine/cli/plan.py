@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 
 import engine
-from engine import api, chart
-from engine.cli import drawing, options, requests
+from engine.cli import options
 from engine.errors import NothingFitsError, UsageError
 
 
@@ -45,8 +44,12 @@ def run(arguments: list[str]) -> int:
             raise UsageError(
                 "--requests takes no other option", "each line says all of its request", "leave the rest out"
             )
+        from engine.cli import requests
+
         return requests.answer_all(given.requests)
     if given.timeline is not None:
+        from engine.cli import drawing
+
         drawing.check(given.timeline)
     plan = engine.resolve(
         **options.request(given),
@@ -55,6 +58,9 @@ def run(arguments: list[str]) -> int:
     )
     print(plan.to_json() if given.json else plan.explain(), flush=True)
     if given.timeline is not None:
+        from engine import api, chart
+        from engine.cli import drawing
+
         drawing.write(given.timeline, chart.svg(plan, api.timeline(plan, _tell)))
         _tell(f"the timeline is in {given.timeline}")
     return NothingFitsError.exit_code if plan.fits is False else 0

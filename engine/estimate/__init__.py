@@ -5,6 +5,7 @@ tracefile   it as bytes                     stream      what the device's alloca
 allocator   what it reserves for that       workspaces  what CUDA's libraries take beside tensors
 pinned      the host's allocator            clock       how long it takes
 whole       all of it, as one estimate      store       traces and estimates on disk
-between     an estimate between two others
+ways        which way through the VAE a list of steps takes
+between     an estimate between two others, or within a budget
 estimator   estimates for one request
 """

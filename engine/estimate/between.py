@@ -1,4 +1,6 @@
-"""An estimate between two others, for a size that cannot be traced here. It says so: its basis is "interpolated".
+"""Estimates made of others: between two sizes, where a size cannot be traced here, and within a budget.
+
+An interpolated one says so: its basis is "interpolated".
 
 What a picture's size decides grows with its pixels: activations and workspaces in proportion, attention's time faster.
 The truth lies between the two neighbours, and so does the interval.
@@ -54,3 +56,15 @@ def between(low: Estimate, high: Estimate, share: float) -> Estimate:
         ),
         phases=phases if [p.name for p in low.phases] == [p.name for p in high.phases] else (),
     )
+
+
+def within(estimate: Estimate, budget_bytes: int | None) -> Estimate:
+    """Return an estimate as it would come out within a budget: what the allocator caches stops at it."""
+    device, reserved = estimate.device_bytes, estimate.peak_reserved_bytes
+    if budget_bytes is None or device is None or reserved is None or device <= budget_bytes:
+        return estimate
+    over = device - max(budget_bytes, estimate.required_bytes or 0)
+    if over <= 0:
+        return estimate
+    peak = min(estimate.peak_allocated_bytes or 0, reserved - over)
+    return replace(estimate, device_bytes=device - over, peak_reserved_bytes=reserved - over, peak_allocated_bytes=peak)

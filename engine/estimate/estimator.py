@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from engine import optimizers
-from engine.estimate import store, timeline
-from engine.estimate.between import between
-from engine.estimate.timeline import Timeline
-from engine.estimate.trace import Trace
-from engine.estimate.whole import estimate, way, within
+from engine.estimate import store
+from engine.estimate.between import between, within
+from engine.estimate.ways import way
 from engine.facts.model import Model
 from engine.values import Estimate, Gpu, Request, Step
+
+if TYPE_CHECKING:
+    from engine.estimate.timeline import Timeline
+    from engine.estimate.trace import Trace
 
 UNKNOWN = Estimate()
 
@@ -57,6 +60,8 @@ class Estimator:
             if trace is None:
                 neighbours = self._between(steps)
                 return UNKNOWN if neighbours is None else within(neighbours, self.budget_bytes)
+            from engine.estimate.whole import estimate
+
             found = estimate(
                 trace,
                 steps,
@@ -81,6 +86,8 @@ class Estimator:
         trace = self._trace(steps)
         if trace is None:
             return None
+        from engine.estimate import timeline
+
         return timeline.of_trace(trace, steps, self.gpu, dtype, self.request.components)
 
     def _unknown(self, steps: Sequence[Step], dtype: str) -> str | None:

@@ -16,14 +16,17 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine import paths, versions
-from engine.estimate import tracefile, workspaces
 from engine.estimate.dryrunner import DryRunner
-from engine.estimate.trace import Trace
 from engine.facts.model import Component, Model
 from engine.values import Estimate, Gpu, HostBytes, Interval, Phase, Request, Step
+
+if TYPE_CHECKING:
+    from engine.estimate.trace import Trace
+
+# An answer that was given before needs no trace: what reads and replays one is imported when it does.
 
 _SHIPPED = Path(__file__).parent / "shipped"
 _PACKAGE = Path(__file__).parents[1]
@@ -84,6 +87,8 @@ def can_trace() -> bool:
 
 @functools.lru_cache(maxsize=_KEPT_IN_MEMORY)
 def _read(path: Path, stamp: float) -> Trace | None:
+    from engine.estimate import tracefile
+
     try:
         return tracefile.load(path.read_bytes())
     except (OSError, tracefile.BadTrace):
@@ -132,6 +137,8 @@ def find(
         return found
     if told is not None:
         told(f"dry run of {model.id} (once for each size; some seconds, no weights)")
+    from engine.estimate import tracefile
+
     made = _dry.trace(model, request, dtype, changes, is_plain=is_plain)
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
         write(_cached_path(f"{wanted}-plain" if is_plain else wanted), made)
@@ -161,7 +168,7 @@ def case(steps: Sequence[Step], gpu: Gpu, request: Request, stored: Mapping[str,
         request.steps,
         sorted(request.components),
         dict(stored),
-        workspaces.cudnn(),
+        versions.cudnn(),
     ]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:24]
 

@@ -17,6 +17,7 @@ from engine.estimate import stream, whole, workspaces
 from engine.estimate.placements import Placement
 from engine.estimate.stream import ACTIVATION, CUDA_GRANULE_BYTES, WEIGHT, WORKSPACE, Stream
 from engine.estimate.trace import Trace
+from engine.estimate.ways import way
 from engine.values import Gpu, Step
 
 MAX_POINTS = 400
@@ -77,7 +78,7 @@ def of_trace(trace: Trace, steps: Sequence[Step], gpu: Gpu, dtype: str, absent: 
     """Return the timeline of a run under `steps`, without what is `absent`. `gpu` needs a compute capability."""
     capability = gpu.compute_capability
     assert capability is not None
-    along = trace.along(whole.way(steps)).without(absent)
+    along = trace.along(way(steps)).without(absent)
     placement = whole.placed(along, steps, dtype)
     made = stream.build(along, placement, functools.cache(lambda w: workspaces.taken(w, capability)))
     return of_stream(made, _sizes(along, placement), workspaces.context_bytes(capability))

@@ -5,7 +5,6 @@ Everything is replayed from one trace. What is not known (the seconds of a card 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Collection, Mapping, Sequence
 
@@ -15,6 +14,7 @@ from engine.estimate.pinned import pinned_bytes
 from engine.estimate.placements import Casting, GroupOffload, ModelOffload, Placement, Resident, SequentialOffload
 from engine.estimate.stream import Stream, Taken
 from engine.estimate.trace import Trace, Work
+from engine.estimate.ways import way
 from engine.values import Estimate, Gpu, HostBytes, Interval, Phase, Step
 
 HOST_BASE_BYTES = 300 * 1024**2
@@ -27,12 +27,6 @@ SECONDS_LOW, SECONDS_HIGH = 0.75, 1.35
 """Beside the range of hosts, how far a card's rates are from what a run reaches of them."""
 
 _QUALITIES = ("exact", "near", "lossy")
-
-
-def way(steps: Sequence[Step]) -> str:
-    """Return which way through the VAE these steps take: "", or the name of a trace's alternatives."""
-    names = {s.name for s in steps}
-    return "+".join(w for w, name in (("sliced", "vae_slicing"), ("tiled", "vae_tiling")) if name in names)
 
 
 def _step(steps: Sequence[Step], name: str) -> Step | None:
@@ -122,20 +116,6 @@ def estimate(
         ),
         assumptions=trace.assumptions,
         phases=_phases(usual, reserved.allocated_bytes, None if seconds is None else seconds["value"]),
-    )
-
-
-def within(estimate: Estimate, budget_bytes: int | None) -> Estimate:
-    """Return an estimate as it would come out within a budget: what the allocator caches stops at it."""
-    device, reserved = estimate.device_bytes, estimate.peak_reserved_bytes
-    if budget_bytes is None or device is None or reserved is None or device <= budget_bytes:
-        return estimate
-    over = device - max(budget_bytes, estimate.required_bytes or 0)
-    if over <= 0:
-        return estimate
-    peak = min(estimate.peak_allocated_bytes or 0, reserved - over)
-    return dataclasses.replace(
-        estimate, device_bytes=device - over, peak_reserved_bytes=reserved - over, peak_allocated_bytes=peak
     )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -58,20 +57,13 @@ def taken(work: Work, capability: tuple[int, int]) -> Taken:
     return Taken()
 
 
-@cache
-def cudnn() -> tuple[int, ...] | None:
-    """Return the version of cuDNN that is installed beside torch, or None where there is none to be seen."""
-    found = next((v for n in ("cu13", "cu12") if (v := versions.installed(f"nvidia-cudnn-{n}"))), None)
-    return None if found is None else tuple(int(part) for part in re.findall(r"\d+", found)[:3])
-
-
 def _columns_bytes(work: Work) -> int:
     """Return the buffer of torch's own 3D convolution, which stands in where cuDNN's is switched off; else 0.
 
     Source: torch does not use cuDNN 9.8 to 9.14 for planar 3D convolutions in half precision with a kernel larger than
     one (pull request 166480); `slow_conv_dilated3d` then unfolds one sample into columns (NaiveDilatedConvolution.cu).
     """
-    version = cudnn()
+    version = versions.cudnn()
     per_dimension = (len(work.dims) - 5) // 5
     kernel = work.dims[5 + per_dimension : 5 + 2 * per_dimension]
     item = _ITEM_BYTES.get(work.dtype)
