@@ -220,8 +220,8 @@ def _findings(steps: Sequence[Step], situation: Situation) -> tuple[compat.Findi
 
 
 def _acting(steps: Sequence[Step], found: Sequence[compat.Finding]) -> tuple[Step, ...]:
-    """Return steps without those that would change what is computed, and do not here: a run passes them over."""
-    idle = {name for f in found if not f.breaks for name in f.subjects if optimizers.spec(name).changes_computing}
+    """Return steps without those that do nothing here, and cost the picture nothing either."""
+    idle = {name for f in found if not f.breaks for name in f.subjects if not optimizers.spec(name).is_placement}
     return tuple(s for s in steps if s.name not in idle)
 
 
