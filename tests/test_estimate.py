@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import engine
 from engine import optimizers, validation
+from engine.errors import IncompatibleError
 from engine.estimate import between, placements, whole
 from engine.estimate.trace import Builder, Trace, TracedModule, Work
 from engine.plan import Plan
@@ -307,3 +308,22 @@ def test_a_plan_with_estimates_obeys_its_schema_and_survives_json() -> None:
     text = made.to_json()
     jsonschema.Draft202012Validator(json.loads(validation.schema_text("plan"))).validate(json.loads(text))
     assert Plan.from_json(text) == made
+
+
+def test_staged_encoding_never_holds_the_encoders_and_the_rest_at_once() -> None:
+    whole_run, staged = plan("resident").estimate, plan("staged_encoding", "resident").estimate
+    assert whole_run.peak_allocated_bytes is not None
+    assert staged.peak_allocated_bytes is not None
+    assert staged.peak_allocated_bytes < whole_run.peak_allocated_bytes
+    held = {p.name: p.weights_bytes for p in staged.phases}
+    weights = whole_run.phases[0].weights_bytes
+    assert weights is not None
+    assert held["load"] is not None
+    assert held["decode"] is not None
+    assert held["load"] + held["decode"] == weights
+    assert staged.quality == "exact"
+
+
+def test_what_is_only_estimated_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(IncompatibleError, match="estimated by this version, and not run"):
+        plan("staged_encoding", "resident").load()

@@ -41,6 +41,7 @@ LAYERS = [
     "engine.probe.visibility",
     "engine.probe",
     "engine.optimizers.spec",
+    "engine.optimizers.staged_encoding",
     "engine.optimizers.dtype",
     "engine.optimizers.fuse_qkv",
     "engine.optimizers.attention_slicing",

@@ -177,7 +177,7 @@ def phases(trace: Trace, make: Callable[[], Placement], speed: Speeds, steps: in
     waits = [w.kind == "wait" for w in trace.works]
     paths = trace.paths
     acts = [placement.acts_on(p) or p in placement.casts for p in paths]
-    is_sequential = isinstance(placement, SequentialOffload)
+    is_sequential = isinstance(placement.inner, SequentialOffload)
     group_s = float(_data()["group_s"]["value"])
     host = device = copies = 0.0
     found: list[list[Any]] = []

@@ -115,6 +115,11 @@ class Placement:
         """Return the bytes of slots as they are moved."""
         return sum(self.sizes[s] for s in slots)
 
+    @property
+    def inner(self) -> Placement:
+        """The placement of what computes most: itself, or what a wrapper wraps."""
+        return self
+
     def resident(self) -> tuple[int, ...]:
         """Return the slots that are on the device before the call, and stay."""
         return ()
@@ -376,9 +381,7 @@ class StagedEncoding(Placement):
     A trace is of one call, and some pipelines encode a picture before the text. A text encoder that begins when the
     others are gone comes for that once, beside the rest: more than a staged run would hold.
 
-    No optimizer plans with it yet. What is then still to be settled: it needs prompts that are known up front; the host
-    holds the encoders and the rest one after the other, where `host_bytes` counts both; and `host_bytes` and `clock`
-    ask for the class of a placement, which here is that of `rest`.
+    The host holds the encoders and the rest one after the other too.
     """
 
     def __init__(self, trace: Trace, rest: Callable[[Trace], Placement] = Resident) -> None:
@@ -399,6 +402,10 @@ class StagedEncoding(Placement):
         self.encoders = {c.name: self.slots(c.weights()) for c in encoders}
         self.is_encoded = not encoders
         self.again: str | None = None
+
+    @property
+    def inner(self) -> Placement:
+        return self.rest
 
     def resident(self) -> tuple[int, ...]:
         if not self.encoders:

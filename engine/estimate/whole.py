@@ -11,7 +11,16 @@ from collections.abc import Collection, Mapping, Sequence
 from engine import optimizers
 from engine.estimate import allocator, clock, stream, workspaces
 from engine.estimate.pinned import pinned_bytes
-from engine.estimate.placements import Casting, GroupOffload, ModelOffload, Placement, Resident, SequentialOffload
+from engine.estimate.placements import (
+    Casting,
+    GroupOffload,
+    ModelOffload,
+    Placement,
+    Resident,
+    SequentialOffload,
+    StagedEncoding,
+    is_text_encoder,
+)
 from engine.estimate.stream import Stream, Taken
 from engine.estimate.trace import Trace, Work
 from engine.estimate.ways import way
@@ -35,6 +44,12 @@ def _step(steps: Sequence[Step], name: str) -> Step | None:
 
 def placed(trace: Trace, steps: Sequence[Step], dtype: str) -> Placement:
     """Return the placement that steps put on a trace."""
+    if _step(steps, "staged_encoding") is not None:
+        return StagedEncoding(trace, lambda rest: _placed(rest, steps, dtype))
+    return _placed(trace, steps, dtype)
+
+
+def _placed(trace: Trace, steps: Sequence[Step], dtype: str) -> Placement:
     casting = None
     if (cast := _step(steps, "layerwise_casting")) is not None:
         compute = cast.params["compute"]
@@ -173,14 +188,16 @@ def host_bytes(trace: Trace, placement: Placement, stored: Mapping[str, str | No
 
     Weights that are stored in the dtype they are loaded in stay pages of their files, which can be dropped; converted
     ones are anonymous. What model and unstreamed group offload bring back from the device is anonymous too. Pinned
-    copies take the place of what they copy, rounded up to powers of two.
+    copies take the place of what they copy, rounded up to powers of two. Of two stages the larger counts.
     """
-    anonymous, file = HOST_BASE_BYTES, 0
-    moved_back = isinstance(placement, ModelOffload) or (
-        isinstance(placement, GroupOffload) and not placement.use_stream
-    )
+    inner = placement.inner
+    moves_back = isinstance(inner, ModelOffload) or (isinstance(inner, GroupOffload) and not inner.use_stream)
     pinned = set(placement.pinned())
+    is_staged = inner is not placement
+    anonymous, file = [0, 0], [0, 0]  # of the second stage, which is the only one in general, and of the first
     for component in trace.components:
+        is_first = is_staged and is_text_encoder(component.name)
+        moved_back = moves_back and not is_first
         is_mapped = stored.get(component.name) == dtype
         cast = {w.storage for m in component.modules if m.path in placement.casts for w in m.weights}
         for weight in component.weights():
@@ -189,11 +206,14 @@ def host_bytes(trace: Trace, placement: Placement, stored: Mapping[str, str | No
                 continue
             is_as_stored = is_mapped and weight.is_saved and weight.dtype == dtype
             if is_as_stored and weight.storage not in cast and not moved_back:
-                file += weight.size_bytes
+                file[is_first] += weight.size_bytes
             else:
-                anonymous += placement.sizes[slot]
+                anonymous[is_first] += placement.sizes[slot]
+    held = pinned_bytes(placement.sizes[s] for s in sorted(pinned))
+    if anonymous[True] > anonymous[False] + held:  # pinning comes with the second stage
+        held = 0
     return HostBytes(
-        anonymous_bytes=anonymous,
-        pinned_bytes=pinned_bytes(placement.sizes[s] for s in sorted(pinned)),
-        file_bytes=file,
+        anonymous_bytes=HOST_BASE_BYTES + (max(anonymous) if held == 0 else anonymous[False]),
+        pinned_bytes=held,
+        file_bytes=max(file),
     )

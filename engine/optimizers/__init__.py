@@ -16,6 +16,7 @@ from engine.values import Step
 from engine.words import did_you_mean
 
 _MODULES = (
+    "staged_encoding",
     "dtype",
     "fuse_qkv",
     "attention_slicing",

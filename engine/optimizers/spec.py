@@ -62,6 +62,8 @@ class Spec:
     """Whether it changes which operators compute, or which weights there are: then a dry run applies it too. It must
     act on a pipeline without weights (on meta) as it does on a loaded one."""
     params: tuple[Param, ...] = ()
+    planned_only: bool = False
+    """Whether this version estimates a run with it, and does not make one."""
     scalar: bool = False
     """Whether a profile may write `name: value` for its one parameter, `value`."""
 

@@ -32,7 +32,14 @@ def load(plan: Plan, told: Progress | None = None, *, debug: bool = False) -> An
 
 
 def refuse_unfit(plan: Plan) -> None:
-    """Raises: NothingFitsError, when a plan says that nothing fits."""
+    """Raises: NothingFitsError, when a plan says that nothing fits; IncompatibleError, when it can only be read."""
+    for step in plan.optimizers:
+        if optimizers.spec(step.name).planned_only:
+            raise IncompatibleError(
+                f"{step.name} is estimated by this version, and not run",
+                "the plan can be read and compared",
+                f"leave {step.name} out",
+            )
     if plan.fits is False:
         raise NothingFitsError(
             f"nothing fits for {plan.request.model} on this machine",
