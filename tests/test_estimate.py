@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import engine
-from engine import optimizers, validation
+from engine import facts, optimizers, validation
 from engine.errors import IncompatibleError
 from engine.estimate import between, placements, whole
 from engine.estimate.trace import Builder, Trace, TracedModule, Work
@@ -327,3 +327,12 @@ def test_staged_encoding_never_holds_the_encoders_and_the_rest_at_once() -> None
 def test_what_is_only_estimated_is_refused_before_anything_is_loaded() -> None:
     with pytest.raises(IncompatibleError, match="estimated by this version, and not run"):
         plan("staged_encoding", "resident").load()
+
+
+def test_a_run_without_a_number_of_steps_takes_the_pipelines_own() -> None:
+    """FluxPipeline's own is 28; the embedded model's defaults say 8, a directory of it says nothing."""
+    listed = ["resident"]
+    hardware = machine(card(12, name=RTX_4090))
+    folder = str(facts.find(None).path)
+    usual, asked = (engine.resolve(folder, optimizers=listed, hardware=hardware, steps=n).estimate for n in (None, 28))
+    assert usual.seconds == asked.seconds

@@ -72,7 +72,13 @@ def whole() -> Trace:
     b = toys.weight(140_002, 16, is_buffer=True, is_saved=False)
     modules = TracedModule(path="vae.x", weights=(a, b), is_castable=True), TracedModule(path="vae.y", weights=(a,))
     vae = toys.component("vae", *modules, blocks=(("vae.x", "vae.y"), ()))
-    more = {"offload_excluded": ("vae",), "asked_steps": 3, "basis": "component", "assumptions": ("the step Ünsinn",)}
+    more = {
+        "offload_excluded": ("vae",),
+        "asked_steps": 3,
+        "usual_steps": 9,
+        "basis": "component",
+        "assumptions": ("the step Ünsinn",),
+    }
     return toys.trace(made, vae, **more)
 
 

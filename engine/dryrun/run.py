@@ -61,7 +61,12 @@ def trace(
         try:
             with twins.assumed() as assumed:
                 made = record.record(pipe, call, target, () if is_plain else ways(request.batch))
-            return replace(made, asked_steps=asked, assumptions=(*build.notes(pipe), *sorted(assumed)))
+            return replace(
+                made,
+                asked_steps=asked,
+                usual_steps=_usual_steps(pipe),
+                assumptions=(*build.notes(pipe), *sorted(assumed)),
+            )
         except UsageError:
             raise
         except Exception as error:  # noqa: BLE001 - what a foreign pipeline raises is not one class
@@ -90,6 +95,11 @@ def _weights(pipe: Any) -> Iterator[torch.Tensor]:
             yield from component.parameters()
 
 
+def _usual_steps(pipe: Any) -> int | None:
+    parameter = inspect.signature(pipe.__call__).parameters.get("num_inference_steps")
+    return parameter.default if parameter is not None and isinstance(parameter.default, int) else None
+
+
 def _steps(pipe: Any, request: Request) -> int:
     """Return how many steps to ask for so that enough are taken: from a picture, a share `strength` of them is."""
     parameter = inspect.signature(pipe.__call__).parameters.get("strength")
@@ -116,7 +126,7 @@ def _by_component(pipe: Any, request: Request, target: str, because: str) -> Tra
         raise ModelError(
             f"{request.model} cannot be dry-run", f"{because}; {'; '.join(silent)}", "report this with the model's name"
         )
-    return replace(made, basis="component", assumptions=(because, *silent))
+    return replace(made, usual_steps=_usual_steps(pipe), basis="component", assumptions=(because, *silent))
 
 
 def ways(batch: int) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import importlib.util
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -205,14 +205,6 @@ class Answers:
             content = json.dumps(self._read() | self._new, separators=(",", ":"))
             with contextlib.suppress(OSError):
                 write(self._path, content.encode())
-
-
-@contextlib.contextmanager
-def answers(wanted: str) -> Iterator[Answers]:
-    """Give the estimates that are known for a trace, and keep those that are added."""
-    kept = Answers(wanted)
-    yield kept
-    kept.save()
 
 
 def _estimate(content: Mapping[str, Any]) -> Estimate:

@@ -135,6 +135,8 @@ class Trace:
     alternatives: tuple[Alternative, ...] = ()
     asked_steps: int = TRACED_STEPS
     """How many denoising steps were asked for; from pictures fewer are taken, and some schedulers take more calls."""
+    usual_steps: int | None = None
+    """How many denoising steps the pipeline takes where nobody says."""
     basis: str = "traced"
     assumptions: tuple[str, ...] = ()
     """What the run took as given where a value would have decided."""

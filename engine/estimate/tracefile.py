@@ -41,6 +41,7 @@ def dump(trace: Trace) -> bytes:
         "gone": [numbers[storage] for storage in trace.gone],
         "alternatives": [[a.name, a.start, a.end, a.outputs] for a in trace.alternatives],
         "asked_steps": trace.asked_steps,
+        "usual_steps": trace.usual_steps,
         "basis": trace.basis,
         "assumptions": trace.assumptions,
         "lengths": [len(s) for s in streams],
@@ -75,6 +76,7 @@ def load(content: bytes) -> Trace:
                 for (n, s, e, outputs), events in zip(header["alternatives"], streams[1:], strict=True)
             ),
             asked_steps=header["asked_steps"],
+            usual_steps=header["usual_steps"],
             basis=header["basis"],
             assumptions=tuple(header["assumptions"]),
         )

@@ -100,7 +100,7 @@ def estimate(
     )
     context = workspaces.context_bytes(capability)
     host = host_bytes(along, make(), stored, dtype)
-    seconds = _seconds(along, make, gpu, denoising_steps)
+    seconds = _seconds(along, make, gpu, along.usual_steps if denoising_steps is None else denoising_steps)
     placement = make()
     at_rest = placement.bytes_of(placement.resident())
     usual_speed = clock.speeds(gpu)
