@@ -358,3 +358,7 @@ def test_a_vae_that_is_widened_for_decoding_is_there_once() -> None:
     freed = [-event for event in made.events if event < 0]
     halves = [key for key in freed if made.kinds[key] == stream.WEIGHT]
     assert sum(made.sizes[key] for key in halves) == sum(w.size_bytes for w in vae)
+    # Under model offload it is widened where it is, on the host, and comes as it is then: the halves never come.
+    offloaded = stream.build(found, placements.ModelOffload(found))
+    came = [key for key, owner in offloaded.owners.items() if owner == "vae"]
+    assert sum(offloaded.sizes[key] for key in came) == 0

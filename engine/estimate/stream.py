@@ -81,6 +81,7 @@ def build(trace: Trace, placement: Placement, takes: Callable[[Work], Taken] | N
     taken = [takes(w) if takes is not None else None for w in trace.works]
     taken = [t if t is not None and (t.bytes or t.for_good_bytes) else None for t in taken]
     kept: dict[int, int] = {}
+    replaced: set[int] = set()
 
     made.marks.append((0, LOADING))
     at_rest = placement.resident()
@@ -104,12 +105,13 @@ def build(trace: Trace, placement: Placement, takes: Callable[[Work], Taken] | N
             made.step_ends.append(len(events))
         elif kind == GONE:
             slot_gone = placement.slot_of(trace.gone[payload])
+            replaced.add(slot_gone)  # what took its place was born in the trace: it comes no more
             if slot_gone in weights:
                 events.append(-weights.pop(slot_gone))
         elif kind == BEGIN and acts[payload]:
             path = paths[payload]
             for move in placement.begin(path):
-                _moved(made, move, placement, weights, _component(path))
+                _moved(made, move, placement, weights, _component(path), replaced)
             for cast in placement.casts.get(path, ()):
                 wide = allocate(cast.computed_bytes, WEIGHT, _component(path))
                 events.append(-weights[cast.slot])
@@ -121,7 +123,7 @@ def build(trace: Trace, placement: Placement, takes: Callable[[Work], Taken] | N
                 events.append(-weights[cast.slot])
                 weights[cast.slot] = narrow
             for move in placement.end(path):
-                _moved(made, move, placement, weights, _component(path))
+                _moved(made, move, placement, weights, _component(path), replaced)
     return made
 
 
@@ -140,10 +142,14 @@ def _component(path: str) -> str:
     return path.partition(".")[0]
 
 
-def _moved(made: Stream, move: Move, placement: Placement, weights: dict[int, int], component: str) -> None:
+def _moved(
+    made: Stream, move: Move, placement: Placement, weights: dict[int, int], component: str, replaced: set[int]
+) -> None:
     verb = move.verb
     if verb in (LOAD, FETCH):
         for slot in move.slots:
+            if slot in replaced:
+                continue
             before = weights.get(slot)
             if before is not None and verb == LOAD:
                 continue
