@@ -164,6 +164,22 @@ def _table(points: Sequence[Point], unit: float, name: str) -> list[str]:
     return rows
 
 
+CHOSEN_AFTERWARDS = (
+    "Some of these points are no independent test all the same. Where the evidence left a choice, it was made",
+    "after they had been seen, and so they confirm it less than they seem to:",
+    "",
+    "- which of input and output cuDNN converts: both for half precision from 8.0 on (FLUX.1-dev, SD3), the input",
+    "  alone on 7.x (SD 1.4) and for float32 (SDXL); the other evidence for float32 allows both;",
+    "- that outputs of 2^31 elements are not converted: tried after a first rule, for inputs too, had given",
+    "  45.5 GiB for FLUX.1-dev at batch 8; no source says so;",
+    "- the share of its rate that attention reaches on 9.0: 0.30 of two measured figures (0.30 and 0.37), after",
+    "  FLUX.1-dev's seconds on an H100 had come out too low;",
+    "- the speed of pageable copies, 4 GB/s: between what these hosts show and what others do.",
+    "",
+    "The allocator's rules were read in its source; reserved bytes and HunyuanVideo were first computed afterwards.",
+)
+
+
 def page(of_peaks: Sequence[Point], of_seconds: Sequence[Point]) -> str:
     """Return docs/accuracy.md."""
     explained: dict[str, str] = json.loads((_DATA / "explanations.json").read_text(encoding="utf-8"))
@@ -174,8 +190,10 @@ def page(of_peaks: Sequence[Point], of_seconds: Sequence[Point]) -> str:
         "",
         "Made by `python -m bench.accuracy --write`. Predictions are of the installed libraries "
         f"(torch {_version('torch')}, diffusers {_version('diffusers')}); the published runs are of their own day's.",
-        "No figure is fitted to these points: every term stands on a mechanism, with its evidence beside it",
+        "No factor is fitted to these points: every term is a mechanism, with its evidence beside it",
         "(`engine/gpus/libraries.json`, `engine/gpus/speeds.json`, `engine/estimate/allocator.py`).",
+        "",
+        *CHOSEN_AFTERWARDS,
         "",
         "## Memory",
         "",
@@ -184,7 +202,8 @@ def page(of_peaks: Sequence[Point], of_seconds: Sequence[Point]) -> str:
         *_table(of_peaks, GIB, "GiB"),
         "",
         "Allocated is what `torch.cuda.max_memory_allocated()` says, reserved what `max_memory_reserved()` says. The",
-        "interval is of allocated bytes: from cuDNN converting nothing to its converting all, and 1.5 % beyond.",
+        "interval is of allocated bytes: from cuDNN converting nothing to its converting all, and 1.5 % beyond, which",
+        "is assumed. It is meant to hold 95 of 100 points, and does not here.",
         "",
         "## Time",
         "",

@@ -223,7 +223,7 @@ class HostBytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """Where the truth lies, nineteen times in twenty; the bytes are of `peak_allocated_bytes`."""
+    """Where the truth is meant to lie, nineteen times in twenty; the bytes are of `peak_allocated_bytes`."""
 
     low_bytes: int | None = None
     high_bytes: int | None = None

@@ -31,9 +31,9 @@ HOST_BASE_BYTES = 300 * 1024**2
 measured on Linux with the CPU build of torch 2.13. What CUDA's driver adds is not known, and not counted."""
 
 MARGIN = 0.015
-"""Beside the mechanisms' own range, what the libraries' versions differ by in what they hold."""
+"""Beside the mechanisms' own range: assumed, for what is held and not modelled."""
 SECONDS_LOW, SECONDS_HIGH = 0.75, 1.35
-"""Beside the range of hosts, how far a card's rates are from what a run reaches of them."""
+"""Beside the range of hosts: assumed, for how far a card's rates are from what a run reaches of them."""
 
 _QUALITIES = ("exact", "near", "lossy")
 

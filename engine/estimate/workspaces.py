@@ -83,8 +83,8 @@ def converted_bytes(work: Work, converts: Sequence[str]) -> int:
     """Return the bytes of a convolution's tensors ("input", "output") as channels-last, with the filters where any is.
 
     Nothing is taken where there is no such plan: depthwise convolutions, which torch computes itself, and outputs of
-    2^31 elements and more, which the converting kernels cannot count: FLUX.1-dev's decoder at batch 8 would else need
-    3 GiB more than was measured at its largest convolution.
+    2^31 elements and more. The latter is inferred, and no source says so: FLUX.1-dev's decoder at batch 8 would else
+    need 3 GiB more than was measured at its largest convolution.
     """
     batch, channels_in, channels_out, groups, _ = work.dims[:5]
     per_dimension = (len(work.dims) - 5) // 5
