@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine.dryrun import kernels
 from engine.dryrun.follow import Follower
 from engine.dryrun.operators import Target
 from engine.estimate.trace import Alternative, Trace, TracedComponent, TracedModule, Weight
@@ -34,12 +35,18 @@ def record(pipe: Any, call: dict[str, Any], target: str, ways: Sequence[str] = (
     Raises: ValueNeeded, when the call reads a value that a dry run does not have; what the pipeline raises.
     """
     modules = {n: c for n, c in pipe.components.items() if isinstance(c, nn.Module)}
-    follower = Follower("meta", [t for m in modules.values() for t in (*m.parameters(), *m.buffers())])
+    follower = follower_of(modules, target)
     steps = steps_marked(pipe, follower)
     parts = components(modules)  # as they are before the call, which may let go of some weights
     with torch.no_grad(), _autocast_knows_meta(), marked(modules, follower, ways), steps, Target(target), follower:
         pipe(**call)
     return trace(pipe, parts, follower)
+
+
+def follower_of(modules: dict[str, nn.Module], target: str) -> Follower:
+    """Return a follower of modules on meta that sees what `target` would hold."""
+    weights = [t for m in modules.values() for t in (*m.parameters(), *m.buffers())]
+    return Follower("meta", weights, kernels.held if target == "cuda" else None)
 
 
 @contextlib.contextmanager
