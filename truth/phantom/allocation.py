@@ -14,6 +14,7 @@ import torch
 from engine.estimate.allocator import OutOfMemory, Reserved, replay
 from truth.phantom.card import set_capacity
 
+
 def executed(
     events: Sequence[int],
     sizes: Sequence[int],

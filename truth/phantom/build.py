@@ -16,10 +16,15 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
-NAMES = ("libcudart.so.13", "libcuda.so.1", "libnvidia-ml.so.1", "libcublas.so.13", "libcublasLt.so.13", "libcudnn.so.9")
+NAMES = (
+    *("libcudart.so.13", "libcuda.so.1", "libnvidia-ml.so.1", "libnvrtc.so.13"),
+    *("libcublas.so.13", "libcublasLt.so.13", "libcudnn.so.9"),
+)
 """The libraries that are stood in for: torch's own find them in memory already, under these names."""
 
-_OURS = re.compile(r"(__cuda[A-Z]|cuda[A-Z]|cublas(Lt)?[A-Z]|cudnn[A-Z]|cu(Ctx|Device|Mem|Module|Func|Launch|Occup|Link))\w*$")
+_OURS = re.compile(
+    r"(__cuda[A-Z]|cuda[A-Z]|cublas(Lt)?[A-Z]|cudnn[A-Z]|cu(Ctx|Device|Mem|Module|Func|Launch|Occup|Link))\w*$"
+)
 _FAILURES = {"cublas": 0, "cudnn": 3000, "cuda": 801, "__cuda": 801, "cu": 801}
 """What a function that is not played returns, by the beginning of its name: "not supported"."""
 
@@ -48,8 +53,16 @@ def library(root: Path, cuda_home: Path) -> tuple[Path, ...]:
     rest.write_text(unplayed(asked(site / "torch/lib"), _symbols(objects, "--defined-only")), encoding="utf-8")
     _cc("-c", "-fPIC", "-w", str(rest), f"-I{SOURCES}", "-o", str(folder / "rest.o"))
     made = folder / "made.so"
-    _cc("-shared", "-Wl,-soname,libphantom.so", *(str(o) for o in (*objects, folder / "rest.o")), "-ldl", "-lpthread", "-o", str(made))
-    os.replace(made, main)
+    _cc(
+        "-shared",
+        "-Wl,-soname,libphantom.so",
+        *(str(o) for o in (*objects, folder / "rest.o")),
+        "-ldl",
+        "-lpthread",
+        "-o",
+        str(made),
+    )
+    made.replace(main)
     for name in NAMES:
         # Whoever looks a function up in one of these finds it in what it needs.
         options = (f"-Wl,-soname,{name}", "-Wl,--no-as-needed", "-Wl,-rpath,$ORIGIN")

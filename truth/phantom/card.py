@@ -45,70 +45,76 @@ def untold() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def listening() -> Iterator[list[Answer]]:
-    """Collect what a dry run reads of the device, in order: kernels do nothing on the phantom, and it would not know."""
+    """Collect what a dry run reads of the device, in order: kernels do nothing here, and it would not know."""
     heard: list[Answer] = []
-    before = dict(twins._ANSWERS)
-    for function, hears in _HEARS.items():
-        twins._ANSWERS[id(function)] = _heard(before[id(function)], hears, heard)
+    real = twins.call
+
+    def call(func: Any, args: Any, kwargs: Any) -> Any:
+        result = real(func, args, kwargs)
+        hears = _HEARS.get(func)
+        if hears is not None:
+            heard.extend(hears(args, result))
+        return result
+
+    twins.call = call
     try:
         yield heard
     finally:
-        twins._ANSWERS.update(before)
-
-
-def _heard(real: Callable[..., Any], hears: Callable[..., Answer | None], heard: list[Answer]) -> Callable[..., Any]:
-    def answer(func: Any, args: Any, kwargs: Any, has_values: bool) -> Any:
-        result = real(func, args, kwargs, has_values)
-        if (said := hears(args, kwargs, result)) is not None:
-            heard.append(said)
-        return result
-
-    return answer
+        twins.call = real
 
 
 def _bytes(value: Tensor) -> bytes:
     return bytes(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
 
 
-def _scalar(args: Any, kwargs: Any, result: Any) -> Answer | None:
-    if not args[0].is_meta:
-        return None
-    value = _bytes(torch.tensor([result], dtype=args[0].dtype))
-    return len(value), value
+def _scalar(args: Any, result: Any) -> Iterator[Answer]:
+    if args[0].is_meta:
+        value = _bytes(torch.tensor([result], dtype=args[0].dtype))
+        yield len(value), value
 
 
-def _truth(args: Any, kwargs: Any, result: Any) -> Answer | None:
-    return (1, bytes([bool(result)])) if args[0].is_meta else None
+def _truth(args: Any, result: Any) -> Iterator[Answer]:
+    if args[0].is_meta:
+        yield 1, bytes([bool(result)])
 
 
-def _count(args: Any, kwargs: Any, result: Any) -> Answer | None:
-    if not args[0].is_meta:
-        return None
-    return 4, len(result).to_bytes(4, "little")
+def _count(args: Any, result: Any) -> Iterator[Answer]:
+    if args[0].is_meta:
+        yield 4, len(result).to_bytes(4, "little")
 
 
-def _copy_out(args: Any, kwargs: Any, result: Any) -> Answer | None:
-    if result is NotImplemented or not args[0].is_meta or result.is_meta:
-        return None
-    return _out(args[0], result)
+def _counts(args: Any, result: Any) -> Iterator[Answer]:
+    """Masks that pick: each is counted first."""
+    for mask in args[1]:
+        if mask is not None and mask.is_meta and mask.dtype in (torch.bool, torch.uint8):
+            value = twins.twin(mask)
+            yield 4, None if value is None else int(value.count_nonzero()).to_bytes(4, "little")
 
 
-def _copy_over(args: Any, kwargs: Any, result: Any) -> Answer | None:
-    if result is NotImplemented or args[0].is_meta or not args[1].is_meta:
-        return None
-    return _out(args[1], result)
+def _copy_out(args: Any, result: Any) -> Iterator[Answer]:
+    if args[0].is_meta and not result.is_meta:
+        yield from _out(args[0])
 
 
-def _out(source: Tensor, result: Tensor) -> Answer | None:
+def _copy_over(args: Any, result: Any) -> Iterator[Answer]:
+    if args[1].is_meta and not args[0].is_meta:
+        yield from _out(args[1])
+
+
+def _out(source: Tensor) -> Iterator[Answer]:
     size = source.numel() * source.element_size()
     value = twins.twin(source)
-    return (size, None if value is None else _bytes(value)) if size else None
+    if size:
+        yield size, None if value is None else _bytes(value)
 
 
-_HEARS: dict[Any, Callable[..., Answer | None]] = {
+_HEARS: dict[Any, Callable[[Any, Any], Iterator[Answer]]] = {
     aten._local_scalar_dense.default: _scalar,
     aten.equal.default: _truth,
     aten.nonzero.default: _count,
+    aten.index.Tensor: _counts,
+    aten.index_put_.default: _counts,
+    aten.index_put.default: _counts,
     aten._to_copy.default: _copy_out,
     aten.copy_.default: _copy_over,
 }

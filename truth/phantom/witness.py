@@ -14,14 +14,15 @@ import torch
 from torch import nn
 
 from engine import optimizers
-from engine.dryrun import build, record, run
+from engine.dryrun import build, inputs, record, run
 from engine.estimate import allocator, stream, workspaces
 from engine.estimate.stream import Taken
 from engine.estimate.trace import Trace, Work
 from engine.estimate.ways import way
 from engine.estimate.whole import placed
+from engine.facts.model import Model
 from engine.optimizers.spec import Context
-from engine.values import Step
+from engine.values import Request, Step
 from truth.phantom import card
 
 Made = tuple[Any, dict[str, Any]]
@@ -70,17 +71,17 @@ def dry(made: Made, chosen: Sequence[Step], dtype: str) -> tuple[Trace, list[car
         return record.record(pipe, call, "cuda"), heard
 
 
-def predicted(trace: Trace, chosen: Sequence[Step], dtype: str, capability: tuple[int, int]) -> Peaks:
+def predicted(
+    trace: Trace, chosen: Sequence[Step], dtype: str, capability: tuple[int, int], multiprocessors: int
+) -> Peaks:
     """Return the peaks that the engine replays. Convolutions want no workspace: the phantom's cuDNN asks for none."""
 
     def takes(work: Work) -> Taken:
-        return Taken() if work.kind == "conv" else workspaces.taken(work, capability)
+        return Taken() if work.kind == "conv" else workspaces.taken(work, capability, multiprocessors)
 
     along = trace.along(way(chosen))
     asked = stream.build(along, placed(along, chosen, dtype), functools.cache(takes))
-    found = allocator.replay(
-        asked.events, asked.sizes, marks=[i for i, _ in asked.marks], aside=frozenset(asked.aside)
-    )
+    found = allocator.replay(asked.events, asked.sizes, marks=[i for i, _ in asked.marks], aside=frozenset(asked.aside))
     names = [name for _, name in asked.marks]
     return Peaks(dict(zip(names, found.allocated_bytes, strict=True)), found.peak_reserved_bytes)
 
@@ -148,3 +149,39 @@ def _wrapped(real: Callable[..., Any], phases: _Phases) -> Callable[..., Any]:
         return real(*args, **kwargs)
 
     return call
+
+
+def catalogued(model: Model, request: Request, dtype: str) -> Made:
+    """Return a model of the catalogue at its true size, with weights that nobody has written, and its call."""
+    from accelerate import init_empty_weights
+
+    pipe = build.pipeline(model, getattr(torch, dtype), functools.partial(init_empty_weights, include_buffers=False))
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            _fill(component)
+    call = inputs.call(
+        model,
+        pipe,
+        height=request.height,
+        width=request.width,
+        frames=request.frames,
+        batch=request.batch,
+        steps=run._steps(pipe, request),
+        guidance=request.guidance,
+        extra=request.call,
+    )
+    return pipe, call
+
+
+def _fill(component: nn.Module) -> None:
+    """Put untouched memory of the host in the place of every weight on meta; tied weights stay tied."""
+    made: dict[int, Any] = {}
+    for module in component.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.is_meta:
+                if id(weight) not in made:
+                    made[id(weight)] = nn.Parameter(torch.empty_like(weight, device="cpu"), weight.requires_grad)
+                module._parameters[name] = made[id(weight)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
