@@ -92,12 +92,8 @@ def estimate(
     along = trace.along(way(steps)).without(absent)
     make = functools.partial(placed, along, steps, dtype)
     usual = stream.build(along, make(), functools.cache(lambda w: workspaces.taken(w, capability, units)))
-    reserved = allocator.replay(
-        usual.events, usual.sizes, marks=[i for i, _ in usual.marks], aside=frozenset(usual.aside)
-    )
-    required = allocator.required_bytes(
-        usual.events, usual.sizes, frozenset(usual.optional), aside=frozenset(usual.aside)
-    )
+    reserved = allocator.replay(usual.events, usual.sizes, marks=[i for i, _ in usual.marks], aside=usual.aside)
+    required = allocator.required_bytes(usual.events, usual.sizes, frozenset(usual.optional), aside=usual.aside)
     context = workspaces.context_bytes(capability)
     host = host_bytes(along, make(), stored, dtype)
     seconds = _seconds(along, make, gpu, along.usual_steps if denoising_steps is None else denoising_steps)

@@ -6,8 +6,9 @@ Runs where the phantom device is loaded. Sizes are in bytes.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from types import MappingProxyType
 
 import torch
 
@@ -21,7 +22,7 @@ def executed(
     capacity_bytes: int | None = None,
     *,
     is_optional: AbstractSet[int] = frozenset(),
-    aside: AbstractSet[int] = frozenset(),
+    aside: Mapping[int, int] = MappingProxyType({}),
 ) -> Reserved | int:
     """Return what the real allocator comes to, as `engine.estimate.allocator.replay` does.
 
@@ -32,7 +33,7 @@ def executed(
     assert torch.cuda.memory_reserved() == 0
     set_capacity(capacity_bytes)
     torch.cuda.reset_peak_memory_stats()
-    other = torch.cuda.Stream() if aside else None
+    streams = {number: torch.cuda.Stream() for number in set(aside.values())}
     live: dict[int, int] = {}
     given_up: list[int] = []
     try:
@@ -43,7 +44,7 @@ def executed(
             elif n:
                 if sizes[n]:  # torch's storages of nothing never reach the allocator
                     try:
-                        live[n] = allocate(sizes[n], 0, other) if n in aside else allocate(sizes[n])
+                        live[n] = allocate(sizes[n], 0, streams[aside[n]]) if n in aside else allocate(sizes[n])
                     except torch.OutOfMemoryError:
                         if n not in is_optional:
                             return index
@@ -67,7 +68,7 @@ def predicted(
     capacity_bytes: int | None = None,
     *,
     is_optional: frozenset[int] = frozenset(),
-    aside: AbstractSet[int] = frozenset(),
+    aside: Mapping[int, int] = MappingProxyType({}),
     expandable_segments: bool = False,
 ) -> Reserved | int:
     """Return the same of ours."""
@@ -85,7 +86,7 @@ def predicted(
         return error.index
 
 
-def random_stream(chance: random.Random) -> tuple[list[int], list[int], frozenset[int], frozenset[int]]:
+def random_stream(chance: random.Random) -> tuple[list[int], list[int], frozenset[int], dict[int, int]]:
     """Return events, sizes, what is optional and what is aside, of a random stream of up to some hundred events."""
     largest = chance.choice([4 << 10, 1 << 20, 3 << 20, 24 << 20, 200 << 20])
     recurring = [_size(chance, largest) for _ in range(chance.randint(1, 8))]
@@ -102,7 +103,8 @@ def random_stream(chance: random.Random) -> tuple[list[int], list[int], frozense
             events.append(alive[-1])
     keys = range(1, len(sizes))
     optional = frozenset(k for k in keys if chance.random() < 0.1) if chance.random() < 0.3 else frozenset()
-    aside = frozenset(k for k in keys if chance.random() < 0.3) if chance.random() < 0.4 else frozenset()
+    streams = chance.choice([0, 0, 1, 2, 3])
+    aside = {k: chance.randint(1, streams) for k in keys if streams and chance.random() < 0.3}
     return events, sizes, optional, aside
 
 

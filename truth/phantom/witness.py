@@ -81,7 +81,7 @@ def predicted(
 
     along = trace.along(way(chosen))
     asked = stream.build(along, placed(along, chosen, dtype), functools.cache(takes))
-    found = allocator.replay(asked.events, asked.sizes, marks=[i for i, _ in asked.marks], aside=frozenset(asked.aside))
+    found = allocator.replay(asked.events, asked.sizes, marks=[i for i, _ in asked.marks], aside=asked.aside)
     names = [name for _, name in asked.marks]
     return Peaks(dict(zip(names, found.allocated_bytes, strict=True)), found.peak_reserved_bytes)
 
