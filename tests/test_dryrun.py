@@ -304,12 +304,39 @@ def test_a_bias_is_added_in_place_and_loaded_weights_copy_an_input_that_is_not_c
         assert most == (1 + copies) * x.numel() * 4
 
 
-@pytest.mark.parametrize(("batch", "is_kept"), [(2, True), (1, False)])
-def test_a_convolution_of_pictures_that_are_channels_last_leaves_them_so(batch: int, is_kept: bool) -> None:
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_convolution_of_pictures_that_are_channels_last_leaves_them_so(batch: int) -> None:
     x = torch.empty(batch, 8, 6, 6, device="meta").to(memory_format=torch.channels_last)
     with torch.no_grad(), Follower("meta"):
         made = torch.nn.Conv2d(8, 8, 3, padding=1, device="meta")(x)
-    assert made.is_contiguous(memory_format=torch.channels_last) is is_kept
+    assert made.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("scale", [lambda x: x / 2, lambda x: 3.0 * x, lambda x: x + 1])
+def test_numbers_leave_a_picture_laid_out_as_it_was(scale: Any) -> None:
+    """A VAE's attention over one picture: the stride of the batch decides whether a convolution sees channels-last.
+
+    Executed (`truth/phantom`): CUDA leaves (8, 1, 48, 8), which is taken as contiguous, so that the input is copied.
+    """
+    strides = (8, 1, 48, 8)
+    x = torch.empty_strided((1, 8, 6, 6), strides, device="meta")
+    with torch.no_grad(), Follower("meta"):
+        scaled = scale(x)
+        made = torch.nn.Conv2d(8, 8, 3, padding=1, device="meta")(scaled)
+    assert scaled.stride() == strides == scale(torch.empty_strided((1, 8, 6, 6), strides)).stride()
+    assert made.is_contiguous()
+
+
+def test_a_mask_whose_rows_are_not_whole_eights_is_copied_for_the_memory_efficient_kernel() -> None:
+    """T5's bias over 77 tokens in float32: 4 heads x 77 rows of 80, as executed (`truth/phantom`)."""
+    query = torch.empty(1, 4, 77, 8, device="meta")
+    aligned, ragged = (torch.empty(1, 4, 77, n, device="meta")[..., :77] for n in (80, 77))
+
+    def attend(q: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+
+    without = most_at_once("cuda", attend, query, aligned)
+    assert most_at_once("cuda", attend, query, ragged) - without == 4 * 77 * 80 * 4
 
 
 @pytest.mark.parametrize(

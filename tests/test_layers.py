@@ -89,6 +89,7 @@ LAYERS = [
     "engine.dryrun.twins",
     "engine.dryrun.works",
     "engine.dryrun.follow",
+    "engine.dryrun.kernels",
     "engine.dryrun.operators",
     "engine.dryrun.stand_ins",
     "engine.dryrun.build",

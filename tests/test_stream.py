@@ -152,7 +152,7 @@ def test_what_is_copied_ahead_is_allocated_on_the_stream_of_copies() -> None:
     first = ["w+400", "w+80", "w-400", "w-80", "w+1000", "w-1000"]
     assert asked(made) == [*first, "w+400", "w+80", "w+1000", "w-400", "w-80", "w-1000"]
     assert [made.sizes[k] for k in sorted(made.aside)] == [400, 80, 1000] * 2
-    assert stream.build(trace, GroupOffload(trace, use_stream=False)).aside == set()
+    assert stream.build(trace, GroupOffload(trace, use_stream=False)).aside == {}
 
 
 PLACEMENTS: dict[str, Callable[[Trace, Casting | None], Placement]] = {
@@ -183,3 +183,20 @@ def test_whatever_moves_is_let_go_of_once_and_never_before_it_came(
     births = sum(1 for e in trace.told() if e.sign == "+")
     assert sum(1 for e in made.events if e > 0 and made.kinds[e] == ACTIVATION) == births
     assert [name for _, name in made.marks] == ["load", *(e.name for e in trace.told() if e.sign == "=")]
+
+
+def test_each_component_copies_on_a_stream_of_its_own() -> None:
+    """Executed on the phantom device: what one's stream has reserved is never another's."""
+    made = Builder()
+    for name in ("text_encoder", "unet", "text_encoder"):
+        made.begin(name)
+        made.begin(f"{name}.a")
+        made.end(f"{name}.a")
+        made.end(name)
+    parts = [
+        toys.component(name, TracedModule(path=f"{name}.a", weights=(toys.weight(number, 1000),)))
+        for number, name in enumerate(("text_encoder", "unet"), 1)
+    ]
+    trace = toys.trace(made, *parts)
+    built = stream.build(trace, GroupOffload(trace))
+    assert {built.owners[k]: n for k, n in built.aside.items()} == {"text_encoder": 1, "unet": 2}

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.dryrun import record
 from engine.estimate.trace import Builder, Trace, TracedComponent, TracedModule, Weight
 
 
@@ -61,3 +67,29 @@ def test_leaving_out_what_is_not_there_changes_nothing() -> None:
     whole = made(Builder())
     assert whole.without(["vae"]) is whole
     assert whole.without([]) is whole
+
+
+def test_weights_are_moved_as_modules_move_them_children_first_and_tied_ones_once() -> None:
+    """The order of `Module.to`, read off a module that notes it."""
+
+    class Inner(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own = torch.nn.Parameter(torch.zeros(1))
+            self.first = torch.nn.Linear(2, 2)
+            self.second = torch.nn.Linear(2, 2)
+            self.second.weight = self.first.weight
+
+    module: Any = torch.nn.Sequential(Inner(), torch.nn.Sequential(Inner()), torch.nn.Linear(2, 2))
+    module.register_buffer("table", torch.zeros(3))
+    order: list[int] = []
+
+    def noted(tensor: Tensor) -> Tensor:
+        order.append(tensor.data_ptr())
+        return tensor
+
+    module._apply(noted)
+    (component,) = record.components({"vae": module})
+    at = {t.untyped_storage()._cdata: t.data_ptr() for t in (*module.parameters(), *module.buffers())}
+    assert [at[w.storage] for w in component.moved()] == list(dict.fromkeys(order))
+    assert {w.storage for w in component.moved()} == {w.storage for w in component.weights()}

@@ -105,6 +105,33 @@ def test_the_memory_efficient_kernel_accumulates_wide_heads_in_float32(
     assert workspaces.taken(work, (8, 0)) == Taken(bytes=expected)
 
 
+@pytest.mark.parametrize(
+    ("shape", "multiprocessors", "executed_bytes"),
+    [
+        ((1, 1, 1536, 1536, 32), 108, 1_216_512),  # six parts: 6 x 1536 x (32 + 1) x 4
+        ((2, 8, 256, 256, 160), 108, 6_324_224),  # within the UNet of SD 1.5 at 512 x 512: two, of widths 192
+        ((1, 16, 257, 257, 64), 108, 2_138_240),  # its safety checker
+        ((1, 32, 126, 6144, 64), 108, 3_144_960),
+        ((1, 20, 256, 300, 160), 108, 19_763_200),
+        ((1, 20, 256, 300, 160), 128, 11_857_920),  # the same on another card
+        ((2, 20, 1024, 1024, 64), 108, 0),
+        ((1, 24, 4608, 4608, 128), 132, 0),
+    ],
+)
+def test_the_flash_kernel_splits_keys_where_queries_do_not_fill_the_card(
+    shape: tuple[int, int, int, int, int], multiprocessors: int, executed_bytes: int
+) -> None:
+    """Outputs and log-sum-exp of each part, float32, as torch 2.14 asked for them (`truth/phantom`)."""
+    work = Work("attention", "bfloat16", (*shape, 1), 0)
+    assert workspaces.taken(work, (8, 0), multiprocessors) == Taken(bytes=executed_bytes)
+    assert workspaces.taken(work, (8, 0)) == Taken()  # where the card is not known
+
+
+def test_before_ampere_the_memory_efficient_kernel_takes_the_place_of_the_flash_kernel() -> None:
+    work = Work("attention", "float16", (2, 8, 256, 256, 160, 1), 0)
+    assert workspaces.taken(work, (7, 5), 40) == Taken(bytes=2 * 8 * 256 * 160 * 4)
+
+
 def test_products_share_one_workspace_for_good() -> None:
     """2 x 4096 KiB + 8 x 16 KiB = 8320 KiB; from 9.0 on 32 MiB."""
     product = Work("matmul", "float16", (1, 8, 8, 8), 0)

@@ -28,7 +28,8 @@ def trace(case: Case) -> Trace:
             tie()  # moving to meta unties
     dryrun.change(pipe, [s for s in case.steps if optimizers.spec(s.name).changes_computing], case.dtype)
     wanted = way(case.steps)
-    return record.record(pipe, call, "cuda", [wanted] if wanted else [])
+    # CUDA's results, and not what its operators hold on the way: the counted device cannot see that.
+    return record.record(pipe, call, "cuda", [wanted] if wanted else [], held=None)
 
 
 def predicted(case: Case, traced: Trace | None = None) -> Seen:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,13 +25,18 @@ from engine.estimate.trace import Builder, Work
 _TAKEN_APART = {torch.ops.aten._safe_softmax.default}
 _PARTS: Any = torch._C.DispatchKey.CompositeExplicitAutograd
 
+Held = Callable[[Any, tuple[Any, ...]], Sequence[int]]
+"""What an operator, with its arguments, holds while it computes: the bytes of each temporary."""
+
 
 class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Record births and deaths of storages on `device`, while it is active."""
 
-    def __init__(self, device: str, known: Iterable[Tensor] = ()) -> None:
+    def __init__(self, device: str, known: Iterable[Tensor] = (), held: Held | None = None) -> None:
+        """`held` says what an operator holds while it computes, where a dispatch mode cannot see it."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.device = device
+        self._held = held
         self.builder = Builder()
         self._alive: dict[int, _Ref] = {}
         self._foreign: dict[int, _Ref] = {}
@@ -78,11 +83,16 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with self:
                 return func._op_dk(_PARTS, *args, **given)
         result = twins.call(func, args, given) if is_dry else func(*args, **given)
-        for tensor in tensors_in((result,)):
-            if tensor.device.type == self.device:
-                self._born(tensor)
+        outputs = [t for t in tensors_in((result,)) if t.device.type == self.device]
+        temporaries: list[int] = []
+        if self._held is not None and outputs:
+            temporaries += [self.builder.born(size) for size in self._held(func, args)]
+        for tensor in outputs:
+            self._born(tensor)
         if is_dry and (work := works.of(func, args, given, result, self.device)) is not None:
             self.builder.work(work)
+        for number in reversed(temporaries):
+            self.builder.died(number)
         return result
 
     def computed(self, work: Work) -> None:

@@ -104,8 +104,19 @@ def _cuda_attention(
     if bias is not None:
         if bias.dtype == torch.bool:
             bias = torch.zeros_like(bias, dtype=query.dtype)
-        bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        bias = _aligned(bias).expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     return aten._scaled_dot_product_efficient_attention(query, key, value, bias, False, 0.0, is_causal, scale=scale)[0]
+
+
+def _aligned(bias: Tensor) -> Tensor:
+    """The memory-efficient kernel wants rows of a mask to begin at whole eights: others are copied so.
+
+    `preprocess_mask` of torch's transformers/attention.cpp. A last row of eights is made longer by eight as well.
+    """
+    if bias.stride(-1) == 1 and all(s % 8 == 0 for s in bias.stride()[:-1]):
+        return bias
+    length = bias.shape[-1]
+    return F.pad(bias, (0, 8 - length % 8))[..., :length]
 
 
 def _cuda_rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None = None, eps: float | None = None) -> Any:

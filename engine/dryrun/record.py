@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.dryrun.follow import Follower
+from engine.dryrun import kernels
+from engine.dryrun.follow import Follower, Held
 from engine.dryrun.operators import Target
 from engine.estimate.trace import Alternative, Trace, TracedComponent, TracedModule, Weight
 from engine.facts import attention
@@ -26,20 +27,29 @@ WAYS = {"tiled": ("tiling",), "sliced": ("slicing",), "sliced+tiled": ("slicing"
 """Other ways through a VAE, recorded beside the plain one: what is switched on in each."""
 
 
-def record(pipe: Any, call: dict[str, Any], target: str, ways: Sequence[str] = ()) -> Trace:
+def record(
+    pipe: Any, call: dict[str, Any], target: str, ways: Sequence[str] = (), held: Held | None = kernels.held
+) -> Trace:
     """Return the trace of one call of a pipeline that is on meta, as `target` ("cuda" or "cpu") would compute it.
 
-    `ways` names what is recorded beside it: keys of `WAYS`. A way that is no other is left out.
+    `ways` names what is recorded beside it: keys of `WAYS`. A way that is no other is left out. `held` says what CUDA's
+    operators hold while they compute; None for a device whose do not.
 
     Raises: ValueNeeded, when the call reads a value that a dry run does not have; what the pipeline raises.
     """
     modules = {n: c for n, c in pipe.components.items() if isinstance(c, nn.Module)}
-    follower = Follower("meta", [t for m in modules.values() for t in (*m.parameters(), *m.buffers())])
+    follower = follower_of(modules, target, held)
     steps = steps_marked(pipe, follower)
     parts = components(modules)  # as they are before the call, which may let go of some weights
     with torch.no_grad(), _autocast_knows_meta(), marked(modules, follower, ways), steps, Target(target), follower:
         pipe(**call)
     return trace(pipe, parts, follower)
+
+
+def follower_of(modules: dict[str, nn.Module], target: str, held: Held | None = kernels.held) -> Follower:
+    """Return a follower of modules on meta that sees what `target` would hold."""
+    weights = [t for m in modules.values() for t in (*m.parameters(), *m.buffers())]
+    return Follower("meta", weights, held if target == "cuda" else None)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ import torch
 
 from engine import optimizers
 from engine.dryrun import build, components, inputs, record, twins
-from engine.dryrun.follow import Follower
 from engine.errors import DgRunError, IncompatibleError, ModelError, UsageError
 from engine.estimate.trace import TRACED_STEPS, Trace
 from engine.facts.model import Model
@@ -118,7 +117,7 @@ def _line(error: Exception) -> str:
 def _by_component(pipe: Any, request: Request, target: str, because: str) -> Trace:
     """Return what stands in for a run that stopped. Raises: ModelError, when not one component can be called."""
     modules = {n: c for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
-    follower = Follower("meta", [t for m in modules.values() for t in (*m.parameters(), *m.buffers())])
+    follower = record.follower_of(modules, target)
     parts = record.components(modules)
     silent = components.trace_each(modules, follower, request, target)
     made = record.trace(pipe, parts, follower)

@@ -88,6 +88,22 @@ class Operator:
         return result
 
 
+def laid_out(result: Any, args: tuple[Any, ...]) -> Any:
+    """Return what is computed pointwise of one tensor and numbers as it is laid out on devices: as the tensor is.
+
+    On meta the stride of a dimension of one element comes out as another, and that can tell channels-last from not.
+    """
+    given = [a for a in args if isinstance(a, Tensor) and a.dim()]
+    if len(given) != 1 or type(result) is not Tensor or result.stride() == given[0].stride() or not result.is_meta:
+        return result
+    if result.shape != given[0].shape:
+        return result
+    strides = zip(result.shape, result.stride(), given[0].stride(), strict=True)
+    if any(size > 1 and mine != its for size, mine, its in strides):
+        return result
+    return torch.empty_strided(result.shape, given[0].stride(), dtype=result.dtype, device=_META)
+
+
 # By `id`, since an operator's hash is computed in Python each time; what is kept here keeps its number.
 _operators: dict[int, Operator] = {}
 

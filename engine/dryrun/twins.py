@@ -98,6 +98,8 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _computed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], has_values: bool) -> Any:
     operator = shapes.of(func)
     result = operator.result(args, kwargs)
+    if operator.is_pointwise:
+        result = shapes.laid_out(result, args)
     # Noise is what nobody knows: a dry run goes the same way each time, whatever its size.
     has_values = has_values and not operator.is_random
     if operator.written:
@@ -327,13 +329,9 @@ def _spread(func: Any, args: Any, kwargs: Any, has_values: bool) -> Any:
 def _convolved(func: Any, args: Any, kwargs: Any, has_values: bool) -> Any:
     """Lay a convolution's result out channels-last where its input or weight is: on meta it is always contiguous.
 
-    As cuDNN and oneDNN do (`cudnn_conv_use_channels_last` and its like in torch's ConvUtils.h); a norm then copies it.
-    A single picture's strides are ambiguous, and devices come to others for it than meta does (a division by a number
-    leaves the first as it was): `suggest_memory_format` then says contiguous there, so that it is left so here.
+    As cuDNN and oneDNN do (`_conv_suggest_memory_format_impl` of torch's ConvUtils.h); a norm then copies it.
     """
     result = _computed(func, args, kwargs, has_values)
-    if args[0].shape[0] < 2:
-        return result
     formats = (suggest_memory_format(t) for t in args[:2])
     wanted = next((f for f in formats if f is not torch.contiguous_format), None)
     if wanted is None or not result.is_meta or result.dtype == torch.float64:

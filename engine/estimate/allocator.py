@@ -31,10 +31,10 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import length_hint
+from types import MappingProxyType
 from typing import Final
 
 PAGE_BYTES: Final = 2 << 20
@@ -51,6 +51,8 @@ _RANGE: Final = _LARGE_SEGMENT << 23
 # A free block is one integer, its size above its address: sorted, such integers are in the order of best fit.
 _SHIFT: Final = 60
 _ADDRESS: Final = (1 << _SHIFT) - 1
+
+_NONE: Final[Mapping[int, int]] = MappingProxyType({})
 
 
 class OutOfMemory(Exception):
@@ -113,8 +115,8 @@ class Allocator:
 
     `capacity_bytes` is what it may reserve: the memory fraction (`allowed_memory_maximum`) or what the device has left.
     The two agree but for expandable segments, where the source holds the segment size that the request would have had
-    against the fraction, and each page against the device: here both must fit. Keys in `aside` are allocated on a
-    second stream, that of copies, which has pools of its own.
+    against the fraction, and each page against the device: here both must fit. `aside` says of keys that
+    they are allocated on another stream, a stream of copies, by its number from 1 on: each has pools of its own.
     """
 
     __slots__ = (
@@ -126,6 +128,7 @@ class Allocator:
         "_expandable",
         "_is_held",
         "_live",
+        "_others",
         "_peak_allocated",
         "_peak_reserved",
         "_pools",
@@ -142,7 +145,7 @@ class Allocator:
         capacity_bytes: int | None = None,
         *,
         expandable_segments: bool = False,
-        aside: AbstractSet[int] = frozenset(),
+        aside: Mapping[int, int] = _NONE,
     ) -> None:
         self._aside = aside
         self._capacity = None if capacity_bytes is None else capacity_bytes >> _BITS
@@ -151,7 +154,9 @@ class Allocator:
         self._allocated = self._peak_allocated = 0
         self._reserved = self._peak_reserved = 0
         self._top = 0
-        self._pools: dict[int, tuple[_Pool, _Pool]] = {}
+        # A stream of copies is known by its number below 0 here.
+        self._pools: dict[int, tuple[_Pool, _Pool]] = {-n: (_Pool(True), _Pool(False)) for n in set(aside.values())}
+        self._others = {-number: pools for number, pools in self._pools.items()}
         self._live: dict[int, tuple[int, int, list[int]]] = {}
         self._absent: set[int] = set()
         # Neighbours are found by address. Segments lie apart, so blocks that touch are of one segment.
@@ -220,10 +225,8 @@ class Allocator:
             pools = self._pools[stream] = (_Pool(True), _Pool(False))
         small, large = pools
         aside = self._aside
-        if aside and stream + 1 not in self._pools:
-            self._pools[stream + 1] = (_Pool(True), _Pool(False))
         usual = (small, large)
-        other = self._pools[stream + 1] if aside else usual
+        others = self._others
         starts, ends, live, absent = self._starts, self._ends, self._live, self._absent
         pop_live, keep_live = live.pop, live.setdefault
         pop_start, pop_end = starts.pop, ends.pop
@@ -256,7 +259,7 @@ class Allocator:
                     insort(free, size << _SHIFT | begin)
                 elif n:
                     size = sizes[n] + 511 >> _BITS
-                    here = other if aside and n in aside else usual
+                    here = others[aside[n]] if aside and n in aside else usual
                     if size <= _SMALL:
                         if not size:
                             absent.add(n)
@@ -469,7 +472,7 @@ class Allocator:
         copy._top = self._top
         frees: dict[int, list[int]] = {}
         for stream, pools in self._pools.items():
-            copy._pools[stream] = (_Pool(True), _Pool(False))
+            copy._pools.setdefault(stream, (_Pool(True), _Pool(False)))
             for ours, its in zip(pools, copy._pools[stream], strict=True):
                 its.free = frees[id(ours.free)] = ours.free.copy()
         copy._live = {key: (begin, size, frees[id(free)]) for key, (begin, size, free) in self._live.items()}
@@ -524,7 +527,7 @@ def replay(
     is_optional: frozenset[int] | bytearray = frozenset(),
     marks: Sequence[int] = (),
     expandable_segments: bool = False,
-    aside: AbstractSet[int] = frozenset(),
+    aside: Mapping[int, int] = _NONE,
 ) -> Reserved:
     """Return the peaks of a stream of events: n > 0 allocates `sizes[n]` bytes, -n frees them, 0 empties the cache.
 
@@ -580,7 +583,7 @@ def required_bytes(
     low: int | None = None,
     tolerance_bytes: int = 8 << 20,
     expandable_segments: bool = False,
-    aside: AbstractSet[int] = frozenset(),
+    aside: Mapping[int, int] = _NONE,
 ) -> int:
     """Return a capacity, in bytes, at which the replay was seen to succeed, or is known to.
 

@@ -141,10 +141,14 @@ class Placement:
 
 
 class Resident(Placement):
-    """Everything on the device for good."""
+    """Everything on the device for good. `pipe.to` goes by the components' names.
+
+    The order shows in what is allocated: each large weight is cut off the rest of a segment, and where what is left
+    then is no more than 1 MiB it counts with the weight.
+    """
 
     def resident(self) -> tuple[int, ...]:
-        return self.slots(w for c in self.trace.components for w in c.weights())
+        return self.slots(w for c in sorted(self.trace.components, key=_name) for w in c.moved())
 
 
 class ModelOffload(Placement):
@@ -158,7 +162,7 @@ class ModelOffload(Placement):
         super().__init__(trace, casting)
         self.here: set[str] = set(trace.offload_excluded)
         self.before = dict(zip(trace.offload_chain[1:], trace.offload_chain, strict=False))
-        self.parts = {c.name: self.slots(c.weights()) for c in trace.components}
+        self.parts = {c.name: self.slots(c.moved()) for c in trace.components}
 
     def resident(self) -> tuple[int, ...]:
         return tuple(s for c in self.trace.components if c.name in self.here for s in self.parts[c.name])
@@ -412,7 +416,7 @@ class StagedEncoding(Placement):
         self.casting = self.rest.casting
         # One numbering of slots for both: what the encoders have is added to what the rest has.
         self.sizes, self.casts, self._slots = self.rest.sizes, self.rest.casts, self.rest._slots
-        self.encoders = {c.name: self.slots(c.weights()) for c in encoders}
+        self.encoders = {c.name: self.slots(c.moved()) for c in sorted(encoders, key=_name)}
         self.is_encoded = not encoders
         self.again: str | None = None
 
@@ -457,6 +461,10 @@ class StagedEncoding(Placement):
             self.again = None
             yield Move(DROP, self.encoders[root])
             yield _EMPTY
+
+
+def _name(component: TracedComponent) -> str:
+    return component.name
 
 
 def is_text_encoder(component: str) -> bool:

@@ -53,8 +53,9 @@ class Stream:
     sizes: list[int] = field(default_factory=lambda: [0])
     kinds: bytearray = field(default_factory=lambda: bytearray(1))
     optional: set[int] = field(default_factory=set)
-    aside: set[int] = field(default_factory=set)
-    """What is allocated on the stream of copies, which has a pool of its own."""
+    aside: dict[int, int] = field(default_factory=dict)
+    """What is allocated on a stream of copies, and on which, counted from 1: each component has its own (diffusers'
+    `apply_group_offloading` makes one), and each stream has pools of its own."""
     marks: list[tuple[int, str]] = field(default_factory=list)
     """Where each phase begins: an index into `events`, and its name."""
     present: list[frozenset[int]] = field(default_factory=list)
@@ -90,6 +91,7 @@ def build(trace: Trace, placement: Placement, takes: Callable[[Work], Taken] | N
     taken = [t if t is not None and (t.bytes or t.for_good_bytes) else None for t in taken]
     kept: dict[int, int] = {}
     replaced: set[int] = set()
+    copying: dict[str, int] = {}  # the stream of copies of each component
 
     made.marks.append((0, LOADING))
     made.present.append(frozenset())
@@ -124,7 +126,7 @@ def build(trace: Trace, placement: Placement, takes: Callable[[Work], Taken] | N
                 if move.verb == STAGE:
                     _between_stages(made, frozenset(weights), born)
                 else:
-                    _moved(made, move, placement, weights, _component(path), replaced)
+                    _moved(made, move, placement, weights, _component(path), replaced, copying)
             for cast in placement.casts.get(path, ()):
                 wide = allocate(cast.computed_bytes, WEIGHT, _component(path))
                 events.append(-weights[cast.slot])
@@ -136,7 +138,7 @@ def build(trace: Trace, placement: Placement, takes: Callable[[Work], Taken] | N
                 events.append(-weights[cast.slot])
                 weights[cast.slot] = narrow
             for move in placement.end(path):
-                _moved(made, move, placement, weights, _component(path), replaced)
+                _moved(made, move, placement, weights, _component(path), replaced, copying)
     return made
 
 
@@ -156,7 +158,13 @@ def _component(path: str) -> str:
 
 
 def _moved(
-    made: Stream, move: Move, placement: Placement, weights: dict[int, int], component: str, replaced: set[int]
+    made: Stream,
+    move: Move,
+    placement: Placement,
+    weights: dict[int, int],
+    component: str,
+    replaced: set[int],
+    copying: dict[str, int],
 ) -> None:
     verb = move.verb
     if verb in (LOAD, FETCH):
@@ -168,7 +176,7 @@ def _moved(
                 continue
             key = weights[slot] = made.allocate(placement.sizes[slot], WEIGHT, component)
             if verb == FETCH:
-                made.aside.add(key)
+                made.aside[key] = copying.setdefault(component, len(copying) + 1)
             if before is not None:
                 made.events.append(-before)
     elif verb in (DROP, STORE):

@@ -13,6 +13,7 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from engine import gpus
 from engine.estimate import stream, whole, workspaces
 from engine.estimate.placements import Placement
 from engine.estimate.stream import ACTIVATION, CUDA_GRANULE_BYTES, WEIGHT, WORKSPACE, Stream
@@ -76,11 +77,11 @@ class Timeline:
 
 def of_trace(trace: Trace, steps: Sequence[Step], gpu: Gpu, dtype: str, absent: Collection[str] = ()) -> Timeline:
     """Return the timeline of a run under `steps`, without what is `absent`. `gpu` needs a compute capability."""
-    capability = gpu.compute_capability
+    capability, units = gpu.compute_capability, gpus.multiprocessors(gpu)
     assert capability is not None
     along = trace.along(way(steps)).without(absent)
     placement = whole.placed(along, steps, dtype)
-    made = stream.build(along, placement, functools.cache(lambda w: workspaces.taken(w, capability)))
+    made = stream.build(along, placement, functools.cache(lambda w: workspaces.taken(w, capability, units)))
     return of_stream(made, _sizes(along, placement), workspaces.context_bytes(capability))
 
 

@@ -87,6 +87,10 @@ class TracedModule:
     is_layer: bool = False
     """Whether diffusers offloads it as one of torch's layers, and not weight by weight."""
 
+    def is_within(self, other: TracedModule) -> bool:
+        """Whether this is a module inside another one."""
+        return self.path.startswith(other.path + ".")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracedComponent:
@@ -100,6 +104,18 @@ class TracedComponent:
     def weights(self) -> tuple[Weight, ...]:
         """Return all weights, tied ones once."""
         found = {w.storage: w for m in self.modules for w in m.weights}
+        return tuple(found.values())
+
+    def moved(self) -> tuple[Weight, ...]:
+        """Return all weights, tied ones once, in the order in which `Module.to` moves them: children go first."""
+        found: dict[int, Weight] = {}
+        open_: list[TracedModule] = []
+        for module in (*self.modules, None):
+            while open_ and (module is None or not module.is_within(open_[-1])):
+                for weight in open_.pop().weights:
+                    found.setdefault(weight.storage, weight)
+            if module is not None:
+                open_.append(module)
         return tuple(found.values())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Mapping, Sequence
 
-from engine import optimizers
+from engine import gpus, optimizers
 from engine.estimate import allocator, clock, stream, workspaces
 from engine.estimate.pinned import pinned_bytes
 from engine.estimate.placements import (
@@ -87,24 +87,20 @@ def estimate(
     `stored` says, by component, which dtype its weights have on disk (None: not known, taken to be another).
     `absent` names components that are not loaded; what they would give is handed in. `gpu` needs a compute capability.
     """
-    capability = gpu.compute_capability
+    capability, units = gpu.compute_capability, gpus.multiprocessors(gpu)
     assert capability is not None
     along = trace.along(way(steps)).without(absent)
     make = functools.partial(placed, along, steps, dtype)
-    usual = stream.build(along, make(), functools.cache(lambda w: workspaces.taken(w, capability)))
-    reserved = allocator.replay(
-        usual.events, usual.sizes, marks=[i for i, _ in usual.marks], aside=frozenset(usual.aside)
-    )
-    required = allocator.required_bytes(
-        usual.events, usual.sizes, frozenset(usual.optional), aside=frozenset(usual.aside)
-    )
+    usual = stream.build(along, make(), functools.cache(lambda w: workspaces.taken(w, capability, units)))
+    reserved = allocator.replay(usual.events, usual.sizes, marks=[i for i, _ in usual.marks], aside=usual.aside)
+    required = allocator.required_bytes(usual.events, usual.sizes, frozenset(usual.optional), aside=usual.aside)
     context = workspaces.context_bytes(capability)
     host = host_bytes(along, make(), stored, dtype)
     seconds = _seconds(along, make, gpu, along.usual_steps if denoising_steps is None else denoising_steps)
     placement = make()
     at_rest = placement.bytes_of(placement.resident())
     usual_speed = clock.speeds(gpu)
-    low, high = _range(along, make, capability, reserved.peak_allocated_bytes)
+    low, high = _range(along, make, (capability, units), reserved.peak_allocated_bytes)
     if trace.basis == "component":
         # What the pipeline holds between its components was not seen: as much again as was seen within them.
         held = max(p.activation_bytes for p in stream.peaks(usual))
@@ -167,15 +163,17 @@ def _seconds(
     return found
 
 
-def _range(trace: Trace, make: functools.partial[Placement], capability: tuple[int, int], peak: int) -> tuple[int, int]:
+def _range(
+    trace: Trace, make: functools.partial[Placement], card: tuple[tuple[int, int], int | None], peak: int
+) -> tuple[int, int]:
     """Return where the peak lies when cuDNN converts nothing, and when it converts everything."""
 
     def nothing(work: Work) -> Taken:
-        return Taken() if work.kind == "conv" else workspaces.taken(work, capability)
+        return Taken() if work.kind == "conv" else workspaces.taken(work, *card)
 
     def everything(work: Work) -> Taken:
         if work.kind != "conv":
-            return workspaces.taken(work, capability)
+            return workspaces.taken(work, *card)
         return Taken(bytes=workspaces.converted_bytes(work, ("input", "output")))
 
     least = stream.peak_bytes(stream.peaks(stream.build(trace, make(), functools.cache(nothing))))

@@ -41,8 +41,8 @@ def context_bytes(capability: tuple[int, int]) -> int:
     return int(_by_capability(_libraries()["context_bytes"], capability)["value"])
 
 
-def taken(work: Work, capability: tuple[int, int]) -> Taken:
-    """Return what one operator takes on a card of this capability."""
+def taken(work: Work, capability: tuple[int, int], multiprocessors: int | None = None) -> Taken:
+    """Return what one operator takes on a card of this capability, with so many multiprocessors."""
     match work.kind:
         case "matmul":
             # One workspace a handle and stream, kept. cublasLt shares it from torch 2.11 on.
@@ -53,7 +53,7 @@ def taken(work: Work, capability: tuple[int, int]) -> Taken:
                 return Taken(bytes=columns)
             return Taken(bytes=convolution_bytes(work, capability), is_given_up=True)
         case "attention":
-            return Taken(bytes=attention_bytes(work))
+            return Taken(bytes=attention_bytes(work, capability, multiprocessors))
     return Taken()
 
 
@@ -108,11 +108,46 @@ def _padded(channels: int) -> int:
     return -(-channels // _CHANNELS_TOGETHER) * _CHANNELS_TOGETHER
 
 
-def attention_bytes(work: Work) -> int:
-    """Return what the memory-efficient kernel accumulates in: float32 outputs, for half precision and widths over 128.
+def attention_bytes(work: Work, capability: tuple[int, int], multiprocessors: int | None = None) -> int:
+    """Return what an attention kernel accumulates in, float32.
 
-    Source: `needs_output_accumulator` of torch's memory-efficient attention (kernel_forward.h).
+    The memory-efficient one: outputs, for half precision and widths over 128 (`needs_output_accumulator` of torch's
+    kernel_forward.h). The flash kernel: outputs and a log-sum-exp a query, of each split of the keys; none is taken to
+    be split where the count of multiprocessors is not known. Before 8.0 the former takes the flash kernel's place.
     """
-    batch, heads, queries, _, width, kernel = work.dims
+    batch, heads, queries, keys, width, kernel = work.dims
+    if kernel == 1 and capability >= (8, 0):
+        splits = 1 if multiprocessors is None else _flash_splits(batch * heads, queries, keys, width, multiprocessors)
+        return 0 if splits == 1 else splits * batch * heads * queries * 4 * (_flash_width(width) + 1)
     is_half = _ITEM_BYTES.get(work.dtype) == 2
-    return batch * heads * queries * width * 4 if kernel == 2 and is_half and width > 128 else 0
+    return batch * heads * queries * width * 4 if is_half and width > 128 else 0
+
+
+def _flash_width(width: int) -> int:
+    return -(-width // 32) * 32 if width <= 128 else 192 if width <= 192 else 256
+
+
+_FLASH_MOST_SPLITS = 128
+_FLASH_FULL = 0.8
+_FLASH_GOOD_ENOUGH = 0.85
+
+
+def _flash_splits(batch_heads: int, queries: int, keys: int, width: int, multiprocessors: int) -> int:
+    """Return into how many parts the flash kernel splits the keys, where there are too few queries to fill the card.
+
+    `num_splits_heuristic` and `set_params_splitkv` of torch's flash_api.cpp: blocks of 64 queries and of 256, 128 or 64
+    keys, two blocks of threads a multiprocessor; the fewest parts that fill whole waves nearly as well as the best.
+    """
+    blocks = batch_heads * -(-queries // 64)
+    key_blocks = -(-keys // (256 if width <= 64 else 128 if width <= 128 else 64))
+    slots = 2 * multiprocessors
+    if blocks >= _FLASH_FULL * slots:
+        return 1
+    parts = [
+        n
+        for n in range(1, min(_FLASH_MOST_SPLITS, slots, key_blocks) + 1)
+        if n == 1 or -(-key_blocks // n) != -(-key_blocks // (n - 1))
+    ]
+    filled = {n: blocks * n / slots / math.ceil(blocks * n / slots) for n in parts}
+    best = max(filled.values())
+    return next(n for n in parts if filled[n] >= _FLASH_GOOD_ENOUGH * best)

@@ -145,6 +145,19 @@ def row_of(gpu: Gpu) -> KnownGpu | None:
     return min(rows, key=lambda row: _unlikeness(row, gpu), default=None)
 
 
+def multiprocessors(gpu: Gpu) -> int | None:
+    """Return how many multiprocessors a card has: from its row, else from its cores; None where neither is known.
+
+    A MIG instance has a share of them, which is not told.
+    """
+    if gpu.mig:
+        return None
+    row = row_of(gpu)
+    if row is not None:
+        return row.multiprocessors
+    return None if gpu.cores is None else gpu.cores // (64 if gpu.arch in _HALF_SIZE_MULTIPROCESSORS else 128)
+
+
 def _unlikeness(row: KnownGpu, gpu: Gpu) -> tuple[float, float]:
     memory = 0.0 if gpu.total_bytes is None else min(abs(size * GIB - gpu.total_bytes) for size in row.memory_gib)
     per_multiprocessor = 64 if row.compute_capability in _HALF_SIZE_MULTIPROCESSORS else 128

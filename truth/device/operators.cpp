@@ -275,6 +275,17 @@ Tensor group_norm(
   return std::get<0>(at::native_group_norm(plain, weight, bias, n, c, inner, groups, eps));
 }
 
+// The memory-efficient kernel wants the rows of a mask to begin at whole eights: CUDA makes a longer copy of any other.
+// (`preprocess_mask` of torch's transformers/attention.cpp.)
+Tensor longer_mask(const Tensor& mask) {
+  bool is_aligned = mask.stride(-1) == 1;
+  for (int64_t i = 0; i + 1 < mask.dim(); i++) is_aligned &= mask.stride(i) % 8 == 0;
+  if (is_aligned) return {};
+  auto sizes = mask.sizes().vec();
+  sizes.back() += 8 - sizes.back() % 8;
+  return at::empty(sizes, mask.options());
+}
+
 // Which attention CUDA would take, from compute capability 8.0 on: flash for half precision without a mask, the
 // memory-efficient kernel for what is aligned to 16 bytes, else step by step. (sdp_utils.cpp of torch 2.13.)
 enum class Attention { kSteps, kFlash, kEfficient };
@@ -308,11 +319,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, SymInt, SymInt, Tensor, Tensor, Tenso
   std::vector<Tensor> padded;
   if (wide != width)
     for (const Tensor* t : {&q, &k, &v}) padded.push_back(at::empty({t->size(0), t->size(1), t->size(2), wide}, t->options()));
+  const Tensor longer = !is_flash && lent.has_value() ? longer_mask(*mask) : Tensor();
   const Tensor given =
       at::empty({q.size(0), q.size(2), q.size(1), wide}, q.options()).transpose(1, 2).narrow(3, 0, width);
   loan.lend(given).copy_(out);
   const Tensor sums = at::empty({q.size(0), q.size(1), is_flash ? q.size(2) : 0}, q.options().dtype(at::kFloat));
-  return {given, sums, {}, {}, SymInt(q.size(2)), SymInt(k.size(2)), {}, {}, {}};
+  // What dropout would need: two words of a generator's state and a spare one, or a seed and an offset.
+  const auto words = q.options().dtype(at::kLong);
+  const Tensor state = is_flash ? at::empty({2}, words) : at::empty({}, words), other = at::empty({}, words);
+  return {given, sums, {}, {}, SymInt(q.size(2)), SymInt(k.size(2)), state, other, {}};
 }
 
 // A parameter's data may be exchanged between the CPU and this device, as it may between the CPU and CUDA.
