@@ -13,6 +13,7 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from engine.calibration import Calibration
 from engine.estimate import stream, whole, workspaces
 from engine.estimate.placements import Placement
 from engine.estimate.stream import ACTIVATION, CUDA_GRANULE_BYTES, WEIGHT, WORKSPACE, Stream
@@ -74,14 +75,21 @@ class Timeline:
         return max(range(len(self.phases)), key=lambda i: self.phases[i].peak_point.total_bytes)
 
 
-def of_trace(trace: Trace, steps: Sequence[Step], gpu: Gpu, dtype: str, absent: Collection[str] = ()) -> Timeline:
+def of_trace(
+    trace: Trace,
+    steps: Sequence[Step],
+    gpu: Gpu,
+    dtype: str,
+    absent: Collection[str] = (),
+    calibration: Calibration | None = None,
+) -> Timeline:
     """Return the timeline of a run under `steps`, without what is `absent`. `gpu` needs a compute capability."""
     capability = gpu.compute_capability
     assert capability is not None
     along = trace.along(way(steps)).without(absent)
     placement = whole.placed(along, steps, dtype)
-    made = stream.build(along, placement, functools.cache(lambda w: workspaces.taken(w, capability)))
-    return of_stream(made, _sizes(along, placement), workspaces.context_bytes(capability))
+    made = stream.build(along, placement, functools.cache(lambda w: workspaces.taken(w, capability, calibration)))
+    return of_stream(made, _sizes(along, placement), workspaces.context_bytes(capability, calibration))
 
 
 def _sizes(trace: Trace, placement: Placement) -> dict[str, int]:
