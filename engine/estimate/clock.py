@@ -213,10 +213,7 @@ def work_seconds(work: Work, speed: Speeds) -> float:
             reached = measured or peak * _attention(width, kernel, speed)
             return max(4 * batch * heads * queries * keys * width / reached, shortest)
         case "conv":
-            if work.dtype == "float32":
-                peak = speed.peak_flop_per_s["convolution"]
-            reached = speed.convolution_flop_per_s.get(work.dtype) or peak * _convolution(speed)
-            return max(_conv_flop(work) / reached + 2 * moving, shortest)
+            return max(_conv_flop(work) / convolution_rate(work.dtype, speed) + 2 * moving, shortest)
         case "group_norm":
             # The reduction runs in one block a group; then all is read again and written.
             per_group = float(data["group_norm_bytes_per_s_a_group"]["value"])
@@ -254,6 +251,15 @@ def _attention(width: int, kernel: int, speed: Speeds) -> float:
     if speed.is_half_rate:
         return float(shares["half_rate"][column])
     return float(shares["9.0" if speed.capability >= (9, 0) else "8.0"][column])
+
+
+def convolution_rate(dtype: str, speed: Speeds) -> float:
+    """Return the operations a second of a convolution, without the conversions of layout around it."""
+    if measured := speed.convolution_flop_per_s.get(dtype):
+        return measured
+    plain = speed.peak_flop_per_s["float32"]
+    peak = speed.peak_flop_per_s["convolution"] if dtype == "float32" else speed.peak_flop_per_s.get(dtype, plain)
+    return peak * _convolution(speed)
 
 
 def _convolution(speed: Speeds) -> float:

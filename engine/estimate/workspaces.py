@@ -82,20 +82,19 @@ def _columns_bytes(work: Work) -> int:
 
 def convolution_bytes(work: Work, capability: tuple[int, int], calibration: Calibration | None = None) -> int:
     """Return the workspace of cuDNN's first choice for a convolution of planar tensors."""
-    return converted_bytes(work, _converts(_kind(work.dtype), capability, calibration))
+    return converted_bytes(work, converts(_kind(work.dtype), capability, calibration))
 
 
 def _kind(dtype: str) -> str:
     return "half" if _ITEM_BYTES.get(dtype) == 2 else "float32"
 
 
-def _converts(kind: str, capability: tuple[int, int], calibration: Calibration | None) -> Sequence[str]:
+def converts(kind: str, capability: tuple[int, int], calibration: Calibration | None = None) -> tuple[str, ...]:
     """Return which tensors cuDNN converts, by what was measured of this card or else by its capability."""
     seen = None if calibration is None else seen_converted(calibration.convolutions, kind)
     if seen is not None:
         return seen
-    converts: Sequence[str] = _by_capability(_libraries()["convolution"][kind], capability)["converts"]
-    return converts
+    return tuple(_by_capability(_libraries()["convolution"][kind], capability)["converts"])
 
 
 def seen_converted(measured: Sequence[Convolution], kind: str) -> tuple[str, ...] | None:
@@ -122,7 +121,7 @@ def work_of(measured: Convolution) -> Work:
     return Work("conv", measured.dtype, dims, values * _ITEM_BYTES[measured.dtype])
 
 
-def converted_bytes(work: Work, converts: Sequence[str]) -> int:
+def converted_bytes(work: Work, names: Sequence[str]) -> int:
     """Return the bytes of a convolution's tensors ("input", "output") as channels-last, with the filters where any is.
 
     Nothing is taken where there is no such plan: depthwise convolutions, which torch computes itself, and outputs of
@@ -134,7 +133,7 @@ def converted_bytes(work: Work, converts: Sequence[str]) -> int:
     size_in = math.prod(work.dims[5 : 5 + per_dimension])
     size_out = math.prod(work.dims[-per_dimension:])
     item = _ITEM_BYTES.get(work.dtype)
-    if item is None or not converts or (groups > 1 and groups == channels_in):
+    if item is None or not names or (groups > 1 and groups == channels_in):
         return 0
     if batch * channels_out * size_out > _INDEX_MAX:
         return 0
@@ -144,7 +143,7 @@ def converted_bytes(work: Work, converts: Sequence[str]) -> int:
         "output": batch * size_out * _padded(channels_out) * item,
     }
     filters = _padded(channels_in) * _padded(channels_out) // groups * kernel * item
-    return sum(sizes[name] for name in converts) + filters
+    return sum(sizes[name] for name in names) + filters
 
 
 def _padded(channels: int) -> int:
