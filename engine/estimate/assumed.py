@@ -10,6 +10,7 @@ from engine.calibration import Calibration
 from engine.estimate import clock, workspaces
 from engine.estimate.clock import Speeds
 from engine.estimate.trace import Work
+from engine.optimizers.dtype import resolve_auto
 from engine.units import format_size
 from engine.values import Gpu
 from engine.words import listing
@@ -33,7 +34,7 @@ def rows(gpu: Gpu, found: Calibration) -> tuple[Row, ...]:
     """Return every figure of a calibration, those that were not measured too."""
     usual = clock.speeds(gpu)
     measured = clock.speeds(gpu, calibration=found)
-    return (*_bytes(gpu, found), *_copies(found, usual), *_computing(found, usual, measured), *_host(found, usual))
+    return (*_bytes(gpu, found), *_copies(found, usual), *_computing(gpu, found, usual, measured), *_host(found, usual))
 
 
 def _bytes(gpu: Gpu, found: Calibration) -> Iterator[Row]:
@@ -62,13 +63,13 @@ def _copies(found: Calibration, usual: Speeds | None) -> Iterator[Row]:
         yield _row(name, measured, assumed, _gigabytes)
 
 
-def _computing(found: Calibration, usual: Speeds | None, measured: Speeds | None) -> Iterator[Row]:
+def _computing(gpu: Gpu, found: Calibration, usual: Speeds | None, measured: Speeds | None) -> Iterator[Row]:
     assumed: float | None
     for dtype in ("float16", "bfloat16", "float32"):
         rate = measured.flop_per_s[dtype] if measured and dtype in found.products else None
         assumed = None if usual is None else usual.flop_per_s[dtype]
         yield _row(f"products, {dtype}", rate, assumed, _teraflops)
-    half = next((c.dtype for c in found.convolutions if c.dtype != "float32"), "float16")
+    half = resolve_auto(gpu.compute_capability or (0, 0))
     for width in (64, 128, 512):
         tokens = _WIDE_TOKENS if width == 512 else _TOKENS
         work = Work("attention", half, (1, 1, tokens, tokens, width, 1), 0)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from engine import versions
 from engine.calibration import Calibration, Convolution, Product
 from engine.errors import HardwareError
+from engine.optimizers.dtype import resolve_auto
 from engine.run.accelerator import Accelerator
 from engine.run.progress import Progress
 from engine.units import MIB
@@ -106,7 +107,7 @@ def _measures(
     device: Accelerator, sizes: Sizes, card: Gpu, found: dict[str, Any]
 ) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     """Yield (name, what is told, the measuring) in order. The context comes last, once its kernels are there."""
-    half = "bfloat16" if (card.compute_capability or (0, 0)) >= (8, 0) else "float16"
+    half = resolve_auto(card.compute_capability or (0, 0))
     for name, what in _COPIES.items():
         yield name, f"copies {what}", partial(copied, device, sizes.copied_bytes, name)
     yield "memory_bytes_per_s", "the card's memory", partial(memory, device, sizes.copied_bytes)
