@@ -7,6 +7,7 @@ it is used. A card whose driver or libraries changed since has none: it is left 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
@@ -123,7 +124,7 @@ def find(card: Gpu | None, driver: Driver | None) -> Found:
         return NOTHING
     where = path(card.uuid)
     try:
-        found = read(where)
+        found = _read_once(where, files.stamp(where))
     except FileNotFoundError:
         return NOTHING
     except OSError as error:
@@ -145,6 +146,11 @@ def _changes(found: Calibration, driver: Driver | None) -> list[tuple[str, str |
     now = {"driver": None if driver is None else driver.version, **versions.of_gpu()}
     was = {"driver": found.driver, **found.versions}
     return [(name, was.get(name), now.get(name)) for name in now if was.get(name) != now.get(name)]
+
+
+@functools.lru_cache(maxsize=8)
+def _read_once(where: Path, stamp: tuple[int, int, int]) -> Calibration:
+    return read(where)
 
 
 def read(where: Path) -> Calibration:

@@ -123,12 +123,13 @@ def _remembered(name: str, runs: Summary, others: int, *, is_calibrated: bool) -
         parts.append(f"and {others} of other versions or calibrations, which do not count")
     if runs.out_of_memory:
         parts.append(f"{runs.out_of_memory} ran out of memory")
-    for what, ratios in (("measured peaks", runs.bytes), ("seconds", runs.seconds)):
-        if ratios is not None:
-            span = f"{ratios.low:.2f} to {ratios.high:.2f} of predicted, median {ratios.median:.3f}"
-            parts.append(f"{what} {span}")
+    spans = [
+        f"{what} {ratios.low:.2f} to {ratios.high:.2f} of predicted, median {ratios.median:.3f}"
+        for what, ratios in (("measured peaks", runs.bytes), ("seconds", runs.seconds))
+        if ratios is not None
+    ]
     state: State = "ok"
-    told = ", ".join(parts)
+    told = "\n".join([", ".join(parts), *spans])
     if runs.seconds is not None and abs(math.log(runs.seconds.median)) > math.log1p(_SECONDS_OFF):
         state = "note"
         again = "calibrate again when nothing else computes on it" if is_calibrated else "calibrate this card"

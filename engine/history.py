@@ -204,7 +204,16 @@ def remember(uuid: str, run: Run) -> None:
 
 def read(uuid: str) -> tuple[Run, ...]:
     """Return the runs of a card, the oldest first. What cannot be read is left out."""
-    return tuple(run for line in _tail(path(uuid)).splitlines() if (run := _run(line)) is not None)
+    where = path(uuid)
+    try:
+        return _read_once(where, files.stamp(where))
+    except OSError:
+        return ()
+
+
+@functools.lru_cache(maxsize=8)
+def _read_once(where: Path, stamp: tuple[int, int, int]) -> tuple[Run, ...]:
+    return tuple(run for line in _tail(where).splitlines() if (run := _run(line)) is not None)
 
 
 def comparable(card: Gpu | None, driver: Driver | None, calibration: Calibration | None) -> tuple[Run, ...]:

@@ -83,8 +83,9 @@ def _measured(name: str | None, told: OnStderr) -> tuple[Gpu, Calibration]:
     from engine.run import device, interrupt, lock, measure
     from engine.run.accelerator import Cuda
 
-    with lock.held(_card(name)[0], told.say):
-        card, seen = _card(name)  # read again: whoever was waited for has changed what is free
+    meant = _card(name)[0]
+    with lock.held(meant, told.say):
+        card, seen = _card(meant.uuid)  # read again: whoever was waited for has changed what is free
         assert card.uuid is not None
         neighbours = _neighbours(card)
         if neighbours is not None:

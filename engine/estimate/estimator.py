@@ -42,6 +42,7 @@ class Estimator:
         self.budget_bytes = budget_bytes
         self.because: str | None = None
         self.calibration = calibration
+        self._measured_by = None if calibration is None else calibration.digest
         self._ranges = history.ranges(runs)
         self._told = told
         self._keys: dict[tuple[str, ...], str] = {}
@@ -60,7 +61,7 @@ class Estimator:
         wanted = self._key(steps)
         answers = self._answers.setdefault(wanted, store.Answers(wanted))
         stored = {n: c.stored_dtype for n, c in self.model.components.items()}
-        name = store.case(steps, self.gpu, self.request, stored, self.calibration)
+        name = store.case(steps, self.gpu, self.request, stored, self._measured_by)
         found = answers.get(name)
         if found is None:
             trace = self._trace(steps)

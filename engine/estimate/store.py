@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine import paths, versions
-from engine.calibration import Calibration
 from engine.estimate.dryrunner import DryRunner
 from engine.facts.model import Component, Model
 from engine.files import write
@@ -150,9 +149,9 @@ def case(
     gpu: Gpu,
     request: Request,
     stored: Mapping[str, str | None],
-    calibration: Calibration | None = None,
+    calibration: str | None = None,
 ) -> str:
-    """Return what an estimate from one trace is known by."""
+    """Return what an estimate from one trace is known by; `calibration` is the digest of its card's."""
     content = [
         [[s.name, dict(s.params)] for s in steps],
         [gpu.name, gpu.arch, gpu.total_bytes, gpu.pcie_generation, gpu.pcie_width, gpu.mig],
@@ -161,7 +160,7 @@ def case(
         sorted(request.components),
         dict(stored),
         versions.cudnn(),
-        None if calibration is None else calibration.digest,
+        calibration,
     ]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
