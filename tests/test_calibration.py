@@ -465,6 +465,7 @@ def test_every_figure_is_shown_beside_what_is_assumed_of_the_card() -> None:
     assert by_name["products, bfloat16"].measured == "150 TFLOPS"
     assert by_name["attention, width 512"].measured == "60 TFLOPS"
     assert by_name["starting an operator"].measured == "9 us"
+    assert [r.measured for r in assumed.rows(CARD, made(fetch_seconds=2.5e-3))][-1] == "2.5 ms"
     bare = {row.name: row for row in assumed.rows(dataclasses.replace(CARD, name="Nobody's", arch=None), made())}
     assert bare["products, bfloat16"].assumed == "not known"
     nothing = made(context_bytes=None, products=FrozenDict(), convolutions=())

@@ -377,9 +377,13 @@ def test_as_json_it_is_what_is_kept(
     ("more", "is_disturbed", "part"),
     [
         ({"busy": 97}, True, "is busy 97 % of the time"),
-        ({"busy": 97, "processes": {4242: ["/usr/bin/blender", 310]}}, True, "(blender is on it)"),
+        ({"busy": 97, "processes": {4242: ["/usr/bin/blender", 310]}}, True, "(used by blender)"),
         ({"busy": 3, "processes": {4242: ["/usr/bin/blender", 310]}}, False, ""),
-        ({"processes": {4242: ["/usr/bin/blender", 310]}}, True, "blender is on NVIDIA GeForce RTX 4090"),
+        (
+            {"processes": {4242: ["/usr/bin/blender", 310]}},
+            True,
+            "NVIDIA GeForce RTX 4090 is used by blender, and how busy it is is not told",
+        ),
     ],
 )
 def test_a_busy_card_is_said_to_be_and_remembered_so(
@@ -481,12 +485,14 @@ def test_what_was_learnt_can_be_forgotten(show: Show, capsys: pytest.CaptureFixt
     for uuid in (UUID, "GPU-other"):
         calibration.keep(made(uuid=uuid))
         history.remember(uuid, remembered())
-    assert calibrate(capsys, "--forget", "--gpu", "0")[0] == 0
+    code, out, _ = calibrate(capsys, "--forget", "--gpu", "0")
+    assert (code, out) == (0, "dropped the calibrations of 1 card and the remembered runs of 1 card\n")
     assert calibration.find(seen, DRIVER) == calibration.NOTHING
     assert history.read(UUID) == ()
     assert len(history.read("GPU-other")) == 1
+    calibration.keep(made())
     code, out, _ = calibrate(capsys, "--forget")
-    assert (code, out) == (0, "dropped 1 calibrations, and the remembered runs of 1 cards\n")
+    assert (code, out) == (0, "dropped the calibrations of 2 cards and the remembered runs of 1 card\n")
     assert calibrate(capsys, "--forget")[1] == "nothing was there\n"
 
 

@@ -101,8 +101,10 @@ def _neighbours(card: Gpu) -> str | None:
     busy = nvml.moment(card.uuid or "").busy_percent
     names = listing(dict.fromkeys(p.name or "a process" for p in card.processes[:4]))
     if busy is not None and busy > _BUSY_PERCENT:
-        return f"{card.name} is busy {busy} % of the time" + (f" ({names} is on it)" if names else "")
-    return f"{names} is on {card.name}, and whether it computes is not told" if busy is None and names else None
+        return f"{card.name} is busy {busy} % of the time" + (f" (used by {names})" if names else "")
+    if busy is None and names:
+        return f"{card.name} is used by {names}, and how busy it is is not told"
+    return None
 
 
 def _forget(name: str | None) -> int:
@@ -116,12 +118,12 @@ def _forget(name: str | None) -> int:
             each.unlink(missing_ok=True)
     except OSError as error:
         raise FileError(f"{error.filename} cannot be deleted", str(error.strerror or error)) from None
-    counts = [sum(p.suffix == s for p in found) for s in (".json", ".jsonl")]
-    print(
-        f"dropped {counts[0]} calibrations, and the remembered runs of {counts[1]} cards"
-        if found
-        else "nothing was there"
-    )
+    told = [
+        f"the {what} of {count} {'card' if count == 1 else 'cards'}"
+        for what, suffix in (("calibrations", ".json"), ("remembered runs", ".jsonl"))
+        if (count := sum(p.suffix == suffix for p in found))
+    ]
+    print(f"dropped {listing(told)}" if told else "nothing was there")
     return 0
 
 

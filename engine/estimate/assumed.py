@@ -86,8 +86,8 @@ def _of(speed: Speeds | None, ask: Callable[[Speeds], float]) -> float | None:
 
 
 def _host(found: Calibration, usual: Speeds | None) -> Iterator[Row]:
-    yield _row("starting an operator", found.launch_seconds, _of(usual, lambda s: s.launch_s), _microseconds)
-    yield _row("fetching a tensor", found.fetch_seconds, _of(usual, lambda s: s.tensor_fetch_s), _microseconds)
+    yield _row("starting an operator", found.launch_seconds, _of(usual, lambda s: s.launch_s), _moment)
+    yield _row("fetching a tensor", found.fetch_seconds, _of(usual, lambda s: s.tensor_fetch_s), _moment)
 
 
 def _row(name: str, measured: N | None, assumed: N | None, shown: Callable[[N], str]) -> Row:
@@ -108,5 +108,5 @@ def _teraflops(rate: float) -> str:
     return f"{rate / 1e12:.3g} TFLOPS"
 
 
-def _microseconds(seconds: float) -> str:
-    return f"{seconds * 1e6:.3g} us"
+def _moment(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
