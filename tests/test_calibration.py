@@ -307,19 +307,25 @@ def test_a_disturbed_calibration_is_used_and_told_of() -> None:
     assert "calibrated while another program computed" in because
 
 
-def test_a_warm_plan_with_a_calibration_imports_neither_torch_nor_jsonschema(tmp_path: Path) -> None:
+WARM = """
+import json, sys, engine
+from engine.values import Driver, Gpu, Hardware, Host
+gpu = Gpu(index=0, name=sys.argv[1], uuid=sys.argv[2], arch="8.9", total_bytes=24 * 2**30, free_bytes=23 * 2**30)
+host = Host(ram_bytes=2**35, total_ram_bytes=2**36, cores=8, platform="linux")
+seen = Hardware(gpus=(gpu,), host=host, driver=Driver(version=sys.argv[3], cuda="13.0"))
+taken = engine.resolve(optimizers=["resident"], hardware=seen).estimate
+heavy = {"torch", "numpy", "jsonschema", "filelock"}
+print(json.dumps([taken.calibrated, sorted(heavy & set(sys.modules))]))
+"""
+
+
+def test_a_warm_plan_with_a_calibration_imports_neither_torch_nor_jsonschema() -> None:
     calibration.keep(made())
-    code = (
-        "import sys, engine; from tests.test_calibration import here;"
-        "p = engine.resolve(optimizers=['resident'], hardware=here());"
-        "print(p.estimate.calibrated, [m for m in ('torch', 'numpy') if m in sys.modules])"
-    )
-    # The test's own module imports jsonschema: whether planning does is asked of the function that would.
-    code = f"from engine import validation; import tests.test_calibration; validation._problems = None; {code}"
-    plan()
+    command = [sys.executable, "-c", WARM, CARD.name, str(CARD.uuid), str(DRIVER.version)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
-    assert done.stdout.strip() == "True []"
+    for _ in range(2):  # the first validates what it reads, and remembers that it did
+        done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    assert json.loads(done.stdout) == [True, []]
 
 
 def test_a_timeline_starts_from_the_measured_context() -> None:

@@ -292,7 +292,8 @@ def phases(trace: Trace, make: Callable[[], Placement], speed: Speeds, steps: in
     host = device = copies = 0.0
     found: list[list[Any]] = []
     began = 0.0
-    step_ends: list[tuple[int, float]] = []  # the phase it is in, and when
+    traced: list[tuple[int, float]] = []  # the phase a step is in, and how long it took there
+    ended = 0.0
 
     def now() -> float:
         return max(host, device)
@@ -311,7 +312,8 @@ def phases(trace: Trace, make: Callable[[], Placement], speed: Speeds, steps: in
             began = now()
             found.append([trace.phases[payload], 0.0])
         elif kind == STEP:
-            step_ends.append((len(found) - 1, now()))
+            traced.append((len(found) - 1, now() - max(began, ended)))
+            ended = now()
         elif kind in (BEGIN, END) and acts[payload]:
             path = paths[payload]
             casts = placement.casts.get(path, ())
@@ -341,27 +343,30 @@ def phases(trace: Trace, make: Callable[[], Placement], speed: Speeds, steps: in
                     host = now()
     if found:
         found[-1][1] += now() - began
-    _repeat(found, step_ends, steps, trace.asked_steps)
+    _repeat(found, traced, steps, trace.asked_steps)
     return tuple(PhaseSeconds(name=name, seconds=seconds) for name, seconds in found)
 
 
-def _repeat(found: list[list[Any]], step_ends: list[tuple[int, float]], steps: int | None, asked: int) -> None:
-    """Add the steps that were not traced, each as long as the last that was.
+def _repeat(found: list[list[Any]], traced: list[tuple[int, float]], steps: int | None, asked: int) -> None:
+    """Add the steps that were not traced, each as long as the last that was; take away those that are not asked for.
 
     A scheduler may be called more often than once a step, all but the first time; from a picture a share of the steps
     is taken. Where no call was seen at all the whole of denoising is repeated.
     """
     if steps is None or steps == asked:
         return
-    if not step_ends:
+    if not traced:
         for entry in found:
             if entry[0].startswith("denoise"):
                 entry[1] *= steps / asked
         return
-    calls = len(step_ends)
+    calls = len(traced)
     more = (steps - asked) * -(-calls // asked) if calls >= asked else round(calls * steps / asked) - calls
-    phase, last = step_ends[-1]
-    one = last - step_ends[-2][1] if calls > 1 else found[phase][1]
+    if more < 0:
+        for phase, one in traced[more:]:
+            found[phase][1] = max(0.0, found[phase][1] - one)
+        return
+    phase, one = traced[-1]
     found[phase][1] += more * one
 
 
