@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from engine import arguments, cards, facts, plan, profiles, solver, versions
+from engine import arguments, calibration, cards, facts, history, plan, profiles, solver, versions
 from engine.arguments import StepLike
 from engine.errors import HardwareError, ModelError, NothingFitsError, UsageError
 from engine.estimate.estimator import Estimator
@@ -98,7 +98,17 @@ def resolve(
     budget_bytes = None
     if card is not None and card.free_bytes is not None and headroom_bytes is not None:
         budget_bytes = max(0, card.free_bytes - headroom_bytes)
-    estimates = Estimator(known, request, card, budget_bytes, told)
+    calibrated = calibration.find(card, seen.driver)
+    measured = calibrated.calibration
+    estimates = Estimator(
+        known,
+        request,
+        card,
+        budget_bytes,
+        told,
+        calibration=measured,
+        runs=history.comparable(card, seen.driver, measured),
+    )
     situation = solver.Situation(
         request=request,
         model=known,
@@ -117,6 +127,7 @@ def resolve(
         notes = (*notes, _GUIDANCE_NOTE)
     if estimates.because is not None:
         notes = (*notes, Note(kind="not_estimated", optimizer=None, because=estimates.because))
+    notes = (*notes, *_learnt(calibrated, estimates.remembered(decision.steps, decision.estimate)))
     taken = decision.profile
     reference = None if taken is None else ProfileRef(name=taken.name, version=taken.version, source=taken.source)
     return Plan(
@@ -136,6 +147,18 @@ def resolve(
     )
 
 
+def _learnt(calibrated: calibration.Found, kinds: int | None) -> Iterator[Note]:
+    """Yield what a person should know of the calibration and the remembered runs behind an estimate."""
+    if calibrated.dropped is not None:
+        yield Note(kind="calibration", optimizer=None, because=calibrated.dropped)
+    if calibrated.calibration is not None and calibrated.calibration.disturbed:
+        because = f"the card was calibrated while another program computed on it; when none does, {calibration.AGAIN}"
+        yield Note(kind="calibration", optimizer=None, because=because)
+    if kinds is not None:
+        because = f"the interval is that of {kinds} different runs on this card, measured against their predictions"
+        yield Note(kind="remembered", optimizer=None, because=because)
+
+
 def timeline(made: Plan, told: Callable[[str], None] | None = None) -> Timeline:
     """Return what is on the card along the run that a plan describes. `told` as for `resolve`.
 
@@ -145,7 +168,8 @@ def timeline(made: Plan, told: Callable[[str], None] | None = None) -> Timeline:
         raise NothingFitsError("there is no timeline", "nothing fits, so there is no run", "list optimizers (--exact)")
     request = made.request
     known = _changed(facts.find(request.model, request.revision), request.components, request.pipeline_class)
-    estimates = Estimator(known, request, made.card, made.budget_bytes, told)
+    measured = calibration.find(made.card, made.hardware.driver).calibration if made.estimate.calibrated else None
+    estimates = Estimator(known, request, made.card, made.budget_bytes, told, calibration=measured)
     found = estimates.timeline(made.optimizers)
     if found is None:
         because = estimates.because or ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 from collections.abc import Iterator
@@ -9,15 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engine import gpus, paths, versions
+from engine import calibration, gpus, history, paths, versions
+from engine.calibration import Calibration
 from engine.facts import catalogue, embedded, hub
 from engine.gpus import Rates
+from engine.history import Summary
 from engine.units import format_size
-from engine.values import Gpu, GpuProcess, Hardware
+from engine.values import Driver, Gpu, GpuProcess, Hardware
 from engine.words import listing
 
 State = Literal["ok", "note", "fault"]
 _LEAST_FREE_BYTES = 10 * 2**30
+_SECONDS_OFF, _BYTES_OFF = 0.15, 0.03
+"""From where on a systematic error is worth a word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,7 @@ def _cards(seen: Hardware) -> Iterator[Line]:
     for gpu in seen.gpus:
         label = f"card {gpu.index}" + (f".{gpu.mig_instance}" if gpu.mig else "")
         yield Line("cards", label, "ok", "\n".join(_card(gpu)))
+        yield from _learnt(label, gpu, seen.driver)
     for fault in seen.faults:
         label = "driver" if fault.index is None else f"card {fault.index}"
         yield Line("cards", label, "fault", f"{fault.what}\nwhy: {fault.why}\ndo:  {fault.do}")
@@ -81,6 +87,57 @@ def _card(gpu: Gpu) -> Iterator[str]:
     if gpu.unknown:
         reasons = {r: [n for n, why in gpu.unknown.items() if why == r] for r in gpu.unknown.values()}
         yield "not known: " + "; ".join(f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+
+
+def _learnt(label: str, gpu: Gpu, driver: Driver | None) -> Iterator[Line]:
+    """Yield what was measured of a card, and what its runs say of its predictions."""
+    if gpu.uuid is None:
+        return
+    found = calibration.find(gpu, driver)
+    measured = found.calibration
+    if measured is None:
+        told = found.dropped or "none: plans use published rates; `dg-run calibrate` measures this card in a minute"
+        yield Line("cards", f"{label}: measured", "note" if found.dropped else "ok", told)
+    else:
+        state: State = "note" if measured.disturbed or measured.missing else "ok"
+        yield Line("cards", f"{label}: measured", state, _measured(measured))
+    runs = history.comparable(gpu, driver, measured)
+    others = len(history.read(gpu.uuid)) - len(runs)
+    if runs or others:
+        yield _remembered(f"{label}: runs", history.summary(runs), others, is_calibrated=measured is not None)
+
+
+def _measured(found: Calibration) -> str:
+    told = f"on {found.when[:10]}, in {found.took_seconds:.0f} s"
+    if found.disturbed:
+        told += f"; another program computed on it meanwhile: {calibration.AGAIN} when none does"
+    if found.missing:
+        told += f"; not measured: {listing(found.missing)}"
+    return told
+
+
+def _remembered(name: str, runs: Summary, others: int, *, is_calibrated: bool) -> Line:
+    """Return how far predictions were off, and what would help."""
+    parts = [f"{runs.runs} remembered, {runs.kinds} of them different"]
+    if others:
+        parts.append(f"and {others} of other versions or calibrations, which do not count")
+    if runs.out_of_memory:
+        parts.append(f"{runs.out_of_memory} ran out of memory")
+    spans = [
+        f"{what} {ratios.low:.2f} to {ratios.high:.2f} of predicted, median {ratios.median:.3f}"
+        for what, ratios in (("measured peaks", runs.bytes), ("seconds", runs.seconds))
+        if ratios is not None
+    ]
+    state: State = "ok"
+    told = "\n".join([", ".join(parts), *spans])
+    if runs.seconds is not None and abs(math.log(runs.seconds.median)) > math.log1p(_SECONDS_OFF):
+        state = "note"
+        again = "calibrate again when nothing else computes on it" if is_calibrated else "calibrate this card"
+        told += f"\nseconds are off: {again} (`dg-run calibrate`)"
+    if runs.bytes is not None and abs(runs.bytes.median - 1) > _BYTES_OFF:
+        state = "note"
+        told += "\npeaks are off: please report it, with the output of `dg-run plan --json`"
+    return Line("cards", name, state, told)
 
 
 def _more(count: int) -> str:

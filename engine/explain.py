@@ -75,7 +75,8 @@ def _estimate(plan: Plan) -> list[tuple[str, str]]:
         rows.append(
             (
                 "time",
-                f"about {_seconds(taken.seconds)} ({_seconds(low or 0)} to {_seconds(high or 0)}, not calibrated),"
+                f"about {_seconds(taken.seconds)} ({_seconds(low or 0)} to {_seconds(high or 0)},"
+                f"{'' if taken.calibrated else ' not'} calibrated),"
                 f" and {_seconds(taken.load_seconds or 0)} to load",
             )
         )

@@ -39,6 +39,20 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dg-run"
 
 
+def state_dir() -> Path:
+    """Return the folder for what was learnt of this machine's cards and cannot simply be made again.
+
+    `DG_RUN_STATE` names another. It may not exist yet.
+    """
+    if chosen := os.environ.get("DG_RUN_STATE"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "dg-run" / "state"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "dg-run"
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "dg-run"
+
+
 def hub_cache_dir() -> Path:
     """Return the Hugging Face model cache, by the environment variables that huggingface_hub reads, in its order."""
     if chosen := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):

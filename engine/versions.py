@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import re
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from engine.version import __version__
 
@@ -42,6 +44,33 @@ def cudnn() -> tuple[int, ...] | None:
     """Return the version of cuDNN that is installed beside torch, or None where there is none to be seen."""
     found = next((v for n in ("cu13", "cu12") if (v := installed(f"nvidia-cudnn-{n}"))), None)
     return None if found is None else tuple(int(part) for part in re.findall(r"\d+", found)[:3])
+
+
+@cache
+def cuda() -> str | None:
+    """Return the CUDA version that torch was built for, as "13.0"; None for a torch without CUDA, or without torch.
+
+    It stands in a file of torch's own, which is read and not imported.
+    """
+    try:
+        found = importlib.util.find_spec("torch")
+        if found is None or found.origin is None:
+            return None
+        text = (Path(found.origin).parent / "version.py").read_text(encoding="utf-8")
+    except (OSError, ValueError, ImportError):
+        return None
+    match = re.search(r"^cuda\b[^=\n]*=\s*['\"]([0-9.]+)['\"]", text, re.MULTILINE)
+    return None if match is None else match[1]
+
+
+def of_gpu() -> dict[str, str | None]:
+    """Return the versions of what computes on a card."""
+    deep = cudnn()
+    return {
+        "torch": installed("torch"),
+        "cuda": cuda(),
+        "cudnn": None if deep is None else ".".join(map(str, deep)),
+    }
 
 
 def snapshot() -> dict[str, str | None]:

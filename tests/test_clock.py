@@ -169,6 +169,22 @@ def test_steps_that_were_not_traced_are_like_the_last_that_was(steps: int | None
     assert seconds(trace, lambda: Resident(trace), steps=steps) == pytest.approx([expected, 1])
 
 
+def test_steps_that_are_not_asked_for_are_taken_from_where_they_were() -> None:
+    """Three calls for two steps, each in a phase of its own, of 2, 3 and 4 s: two of them go for one step, whole.
+
+    What was encoded between them, 5 s, is no step's.
+    """
+    made = Builder()
+    for phase, length in (("denoise", 2), ("denoise.2", 3), ("encode", 5), ("denoise.3", 4)):
+        made.phase(phase)
+        made.work(second(length))
+        if phase != "encode":
+            made.step()
+    trace = toys.trace(made)
+    assert seconds(trace, lambda: Resident(trace), steps=1) == pytest.approx([2, 0, 5, 0])
+    assert seconds(trace, lambda: Resident(trace), steps=3) == pytest.approx([2, 3, 5, 4 + 2 * 4])
+
+
 def test_where_a_share_of_the_steps_is_taken_that_share_of_the_others_is() -> None:
     """Of the two steps that were asked for one was taken: of ten it will be five."""
     made = Builder()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -83,3 +84,14 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+def test_what_is_assumed_of_cards_is_said_to_be() -> None:
+    """Figures without a measurement behind them are in `gpus/*.json`, each saying so, and on the page."""
+    text = (ROOT / "docs" / "calibration.md").read_text(encoding="utf-8")
+    found = set()
+    for name in ("speeds.json", "libraries.json"):
+        content = json.loads((ROOT / "engine" / "gpus" / name).read_text(encoding="utf-8"))
+        found |= {key for key, entry in content.items() if '"evidence": "assumed' in json.dumps(entry)}
+    assert found == {"tensor_fetch_s", "convolution_share", "group_s"}
+    assert all(f"| `{name}`" in text for name in found)

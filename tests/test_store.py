@@ -18,6 +18,7 @@ from engine import facts
 from engine.estimate import store, tracefile
 from engine.estimate.trace import Builder, Trace, TracedModule
 from engine.facts.model import Model
+from engine.files import write
 from engine.values import Estimate, FrozenDict, Gpu, Request
 from tests import toys
 from tests.conftest import RTX_4090, card, machine
@@ -106,14 +107,14 @@ def test_a_cache_that_cannot_be_written_costs_time_and_nothing_else(
 
 
 def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.write(tmp_path / "a", b"old")
+    write(tmp_path / "a", b"old")
 
     def full(*_: object) -> None:
         raise OSError(28, "no space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError, match="no space"):
-        store.write(tmp_path / "a", b"new")
+        write(tmp_path / "a", b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_bytes() == b"old"
 
@@ -122,10 +123,11 @@ WRITER = """
 import sys
 from pathlib import Path
 from engine.estimate import store, tracefile
+from engine.files import write
 from tests.test_store import small
 path, content = Path(sys.argv[1]), tracefile.dump(small())
 for _ in range(200):
-    store.write(path, content)
+    write(path, content)
     assert tracefile.load(path.read_bytes()) == small()
 answers = store.Answers("shared")
 answers.put(sys.argv[2], store.Estimate(required_bytes=int(sys.argv[2])))
@@ -168,7 +170,7 @@ def test_answers_of_others_that_came_meanwhile_are_kept(cache: Path) -> None:
     ],
 )
 def test_damaged_answers_are_none(cache: Path, content: str) -> None:
-    store.write(store.Answers("key")._path, content.encode())
+    write(store.Answers("key")._path, content.encode())
     answers = store.Answers("key")
     assert answers.get("a") is None
     answers.put("a", Estimate(seconds=1.5))

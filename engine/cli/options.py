@@ -23,6 +23,7 @@ COMMANDS = {
     "plan": "show what would be run, and why, without running it",
     "profiles": "list and show profiles",
     "doctor": "show what this machine has, and what is missing",
+    "calibrate": "measure this machine's card once, for better plans",
 }
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 

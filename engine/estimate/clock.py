@@ -3,27 +3,31 @@
 An operator takes as long as the slower of its arithmetic and its bytes; the host takes a while to start each, so that
 small work on a fast card waits for the host. Copies from pageable memory hold everything up; those on a stream of their
 own run beside the computing, as far as the hooks let them. Rates are the card's; the shares of them that are reached
-are data with their evidence (`gpus/speeds.json`).
+are data with their evidence (`gpus/speeds.json`). What was measured of this very card (`calibration.py`) takes the
+place of both, figure by figure.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from engine import gpus
+from engine.calibration import Calibration
+from engine.estimate import workspaces
 from engine.estimate.placements import DROP, EMPTY, FETCH, LOAD, STORE, WAIT, Placement, SequentialOffload
 from engine.estimate.trace import BEGIN, END, KIND_BITS, KIND_MASK, PHASE, STEP, WORK, Trace, Work
 from engine.gpus import Rates
-from engine.values import Gpu
+from engine.values import FrozenDict, Gpu
 
 _SPEEDS = Path(__file__).parents[1] / "gpus" / "speeds.json"
-_ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+_USUAL_LINK_BYTES_PER_S = 16e9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,10 @@ class Speeds:
     to_host_bytes_per_s: float
     pinned_bytes_per_s: float
     tensor_fetch_s: float
+    attention_flop_per_s: Mapping[str, float] = field(default_factory=FrozenDict)
+    """As measured, by the width of a head; what is not here is a share of the peak."""
+    convolution_flop_per_s: Mapping[str, float] = field(default_factory=FrozenDict)
+    """As measured, by dtype, without the conversions of layout; what is not here is a share of the peak."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,38 +66,122 @@ def _data() -> dict[str, Any]:
     return content
 
 
-def speeds(gpu: Gpu, host: str = "value") -> Speeds | None:
-    """Return the speeds of a card on a host that is "low", "value" (usual) or "high"; None where they are not known."""
+def speeds(gpu: Gpu, host: str = "value", calibration: Calibration | None = None) -> Speeds | None:
+    """Return the speeds of a card on a host that is "low", "value" (usual) or "high"; None where they are not known.
+
+    What was measured of the card is the same on all three: it was measured on the one host there is.
+    """
+    assumed = _assumed(gpu, host)
+    return assumed if calibration is None else _measured(gpu, host, assumed, calibration)
+
+
+def _assumed(gpu: Gpu, host: str) -> Speeds | None:
+    """Return the speeds of a card nobody measured: shares of its table's rates."""
     rates = gpus.rates(gpu)
     if rates is None or rates.fp32_flop_per_s is None or not rates.memory_bytes_per_s or gpu.compute_capability is None:
         return None
-    data, row = _data(), gpus.row_of(gpu)
-    name = row.name if row is not None else gpu.name
-    is_half_rate = any(family in name for family in data["half_rate_families"])
-    share = data["matmul_share"]["half_rate" if is_half_rate else "full_rate"]["value"]
+    row = gpus.row_of(gpu)
     peak = _peaks(rates, gpu.compute_capability)
-    usual_link = 16e9
-    hosts = {"low": "high", "high": "low", "value": "value"}[host]  # a slow host takes long
-
-    def of_host(key: str) -> float:
-        return float(data[key][host])
-
+    is_half_rate = _is_half_rate(gpu)
+    shares = _data()["matmul_share"]
     return Speeds(
         flop_per_s={
-            dtype: rate * (data["matmul_share"]["float32"]["value"] if rate == rates.fp32_flop_per_s else share)
+            dtype: rate * (shares["float32"]["value"] if rate == rates.fp32_flop_per_s else _matmul_share(is_half_rate))
             for dtype, rate in peak.items()
         },
         peak_flop_per_s=peak,
-        memory_bytes_per_s=rates.memory_bytes_per_s * data["memory_share"]["value"],
+        memory_bytes_per_s=rates.memory_bytes_per_s * _data()["memory_share"]["value"],
         multiprocessors=row.multiprocessors if row is not None else None,
         capability=gpu.compute_capability,
         is_half_rate=is_half_rate,
-        launch_s=float(data["launch_s"][hosts]),
-        to_device_bytes_per_s=min(of_host("pageable_to_device_bytes_per_s"), rates.link_bytes_per_s or usual_link),
-        to_host_bytes_per_s=min(of_host("pageable_to_host_bytes_per_s"), rates.link_bytes_per_s or usual_link),
-        pinned_bytes_per_s=(rates.link_bytes_per_s or usual_link) * data["pinned_share"]["value"],
-        tensor_fetch_s=float(data["tensor_fetch_s"][hosts]),
+        **_host_speeds(host, rates.link_bytes_per_s),
     )
+
+
+def _is_half_rate(gpu: Gpu) -> bool:
+    row = gpus.row_of(gpu)
+    name = row.name if row is not None else gpu.name
+    return any(family in name for family in _data()["half_rate_families"])
+
+
+def _matmul_share(is_half_rate: bool) -> float:
+    return float(_data()["matmul_share"]["half_rate" if is_half_rate else "full_rate"]["value"])
+
+
+def _host_speeds(host: str, link_bytes_per_s: float | None) -> dict[str, Any]:
+    """Return what depends on the host: how fast it starts work and copies, over a link of this speed."""
+    data = _data()
+    link = link_bytes_per_s or _USUAL_LINK_BYTES_PER_S
+    times = {"low": "high", "high": "low", "value": "value"}[host]  # a slow host takes long
+    return {
+        "launch_s": float(data["launch_s"][times]),
+        "to_device_bytes_per_s": min(float(data["pageable_to_device_bytes_per_s"][host]), link),
+        "to_host_bytes_per_s": min(float(data["pageable_to_host_bytes_per_s"][host]), link),
+        "pinned_bytes_per_s": link * data["pinned_share"]["value"],
+        "tensor_fetch_s": float(data["tensor_fetch_s"][times]),
+    }
+
+
+def _measured(gpu: Gpu, host: str, assumed: Speeds | None, found: Calibration) -> Speeds | None:
+    """Return the speeds of a card that was measured, with what is assumed in the place of what was not.
+
+    A card whose rates nobody knows (an instance of MIG, a card outside the table) has speeds by its products and its
+    memory alone; None where these were not measured either.
+    """
+    base = assumed
+    if base is None:
+        if gpu.compute_capability is None or found.memory_bytes_per_s is None or "float32" not in found.products:
+            return None
+        link = gpus.link_bytes_per_s(gpu.pcie_generation, gpu.pcie_width)
+        base = Speeds(
+            flop_per_s={},
+            peak_flop_per_s={},
+            memory_bytes_per_s=found.memory_bytes_per_s,
+            multiprocessors=found.multiprocessors,
+            capability=gpu.compute_capability,
+            is_half_rate=_is_half_rate(gpu),
+            **_host_speeds(host, link),
+        )
+    multiprocessors = found.multiprocessors or base.multiprocessors
+    # A product of this size left some multiprocessors idle at its end, as any product does.
+    whole = replace(base, multiprocessors=multiprocessors)
+    rates = {d: p.flop_per_s / _fill(1, p.side, p.side, whole) for d, p in found.products.items()}
+    peak = dict(base.peak_flop_per_s)
+    if assumed is None:
+        plain = rates["float32"]
+        half = rates.get("float16", plain)
+        rates = {"float16": half, "bfloat16": rates.get("bfloat16", half), "convolution": plain} | rates
+        # What is computed as a share of the peak needs one: the peak of which a product reaches its usual share.
+        peak = {d: r / _matmul_share(base.is_half_rate) for d, r in rates.items()}
+    memory = found.memory_bytes_per_s or base.memory_bytes_per_s
+    return replace(
+        whole,
+        flop_per_s=base.flop_per_s | rates,
+        peak_flop_per_s=peak,
+        memory_bytes_per_s=memory,
+        launch_s=found.launch_seconds or base.launch_s,
+        to_device_bytes_per_s=found.pageable_to_device_bytes_per_s or base.to_device_bytes_per_s,
+        to_host_bytes_per_s=found.pageable_to_host_bytes_per_s or base.to_host_bytes_per_s,
+        pinned_bytes_per_s=found.pinned_to_device_bytes_per_s or base.pinned_bytes_per_s,
+        tensor_fetch_s=found.fetch_seconds or base.tensor_fetch_s,
+        attention_flop_per_s=found.attention_flop_per_s,
+        convolution_flop_per_s=_convolution_rates(found, memory),
+    )
+
+
+def _convolution_rates(found: Calibration, memory_bytes_per_s: float) -> dict[str, float]:
+    """Return the rates of the convolutions that were measured, by dtype.
+
+    A convolution of planar tensors is timed with its conversions of layout, and `work_seconds` adds those: they are
+    taken out here as they are added there. Where hardly anything is left, the rate is not known.
+    """
+    rates: dict[str, list[float]] = {}
+    for one in found.convolutions:
+        work = workspaces.work_of(one)
+        computing = one.seconds - 2 * work.moved_bytes / memory_bytes_per_s
+        if one.channels_in == one.channels_out and computing > one.seconds / 4:
+            rates.setdefault(one.dtype, []).append(_conv_flop(work) / computing)
+    return {dtype: statistics.median(several) for dtype, several in rates.items()}
 
 
 def _peaks(rates: Rates, capability: tuple[int, int]) -> dict[str, float]:
@@ -117,11 +209,11 @@ def work_seconds(work: Work, speed: Speeds) -> float:
             return max(2 * batch * m * n * k / (rate * _fill(batch, m, n, speed)), moving, shortest)
         case "attention":
             batch, heads, queries, keys, width, kernel = work.dims
-            return max(4 * batch * heads * queries * keys * width / (peak * _attention(width, kernel, speed)), shortest)
+            measured = speed.attention_flop_per_s.get(_attention_column(width, kernel, work.dtype))
+            reached = measured or peak * _attention(width, kernel, speed)
+            return max(4 * batch * heads * queries * keys * width / reached, shortest)
         case "conv":
-            if work.dtype == "float32":
-                peak = speed.peak_flop_per_s["convolution"]
-            return max(_conv_flop(work) / (peak * _convolution(speed)) + 2 * moving, shortest)
+            return max(_conv_flop(work) / convolution_rate(work.dtype, speed) + 2 * moving, shortest)
         case "group_norm":
             # The reduction runs in one block a group; then all is read again and written.
             per_group = float(data["group_norm_bytes_per_s_a_group"]["value"])
@@ -142,6 +234,15 @@ def _fill(batch: int, m: int, n: int, speed: Speeds) -> float:
     return float(begun * waves / math.ceil(waves))
 
 
+def _attention_column(width: int, kernel: int, dtype: str) -> str:
+    """Return under which width an attention was measured, if any was: in half precision, without a mask."""
+    if dtype not in ("float16", "bfloat16"):
+        return ""
+    if width > 256:
+        return "512"
+    return "" if kernel == 2 else "64" if width <= 64 else "128"
+
+
 def _attention(width: int, kernel: int, speed: Speeds) -> float:
     shares = _data()["attention_share"]
     if kernel == 2 or width > 256:
@@ -150,6 +251,15 @@ def _attention(width: int, kernel: int, speed: Speeds) -> float:
     if speed.is_half_rate:
         return float(shares["half_rate"][column])
     return float(shares["9.0" if speed.capability >= (9, 0) else "8.0"][column])
+
+
+def convolution_rate(dtype: str, speed: Speeds) -> float:
+    """Return the operations a second of a convolution, without the conversions of layout around it."""
+    if measured := speed.convolution_flop_per_s.get(dtype):
+        return measured
+    plain = speed.peak_flop_per_s["float32"]
+    peak = speed.peak_flop_per_s["convolution"] if dtype == "float32" else speed.peak_flop_per_s.get(dtype, plain)
+    return peak * _convolution(speed)
 
 
 def _convolution(speed: Speeds) -> float:
@@ -182,7 +292,8 @@ def phases(trace: Trace, make: Callable[[], Placement], speed: Speeds, steps: in
     host = device = copies = 0.0
     found: list[list[Any]] = []
     began = 0.0
-    step_ends: list[tuple[int, float]] = []  # the phase it is in, and when
+    traced: list[tuple[int, float]] = []  # the phase a step is in, and how long it took there
+    ended = 0.0
 
     def now() -> float:
         return max(host, device)
@@ -201,7 +312,8 @@ def phases(trace: Trace, make: Callable[[], Placement], speed: Speeds, steps: in
             began = now()
             found.append([trace.phases[payload], 0.0])
         elif kind == STEP:
-            step_ends.append((len(found) - 1, now()))
+            traced.append((len(found) - 1, now() - max(began, ended)))
+            ended = now()
         elif kind in (BEGIN, END) and acts[payload]:
             path = paths[payload]
             casts = placement.casts.get(path, ())
@@ -231,27 +343,30 @@ def phases(trace: Trace, make: Callable[[], Placement], speed: Speeds, steps: in
                     host = now()
     if found:
         found[-1][1] += now() - began
-    _repeat(found, step_ends, steps, trace.asked_steps)
+    _repeat(found, traced, steps, trace.asked_steps)
     return tuple(PhaseSeconds(name=name, seconds=seconds) for name, seconds in found)
 
 
-def _repeat(found: list[list[Any]], step_ends: list[tuple[int, float]], steps: int | None, asked: int) -> None:
-    """Add the steps that were not traced, each as long as the last that was.
+def _repeat(found: list[list[Any]], traced: list[tuple[int, float]], steps: int | None, asked: int) -> None:
+    """Add the steps that were not traced, each as long as the last that was; take away those that are not asked for.
 
     A scheduler may be called more often than once a step, all but the first time; from a picture a share of the steps
     is taken. Where no call was seen at all the whole of denoising is repeated.
     """
     if steps is None or steps == asked:
         return
-    if not step_ends:
+    if not traced:
         for entry in found:
             if entry[0].startswith("denoise"):
                 entry[1] *= steps / asked
         return
-    calls = len(step_ends)
+    calls = len(traced)
     more = (steps - asked) * -(-calls // asked) if calls >= asked else round(calls * steps / asked) - calls
-    phase, last = step_ends[-1]
-    one = last - step_ends[-2][1] if calls > 1 else found[phase][1]
+    if more < 0:
+        for phase, one in traced[more:]:
+            found[phase][1] = max(0.0, found[phase][1] - one)
+        return
+    phase, one = traced[-1]
     found[phase][1] += more * one
 
 

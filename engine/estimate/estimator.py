@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from engine import optimizers
+from engine import history, optimizers
+from engine.calibration import Calibration
 from engine.estimate import store
 from engine.estimate.between import between, within
 from engine.estimate.ways import way
@@ -30,12 +31,19 @@ class Estimator:
         gpu: Gpu | None,
         budget_bytes: int | None,
         told: Callable[[str], None] | None = None,
+        *,
+        calibration: Calibration | None = None,
+        runs: Sequence[history.Run] = (),
     ) -> None:
+        """`calibration` is what was measured of the card, `runs` are those it made under the same circumstances."""
         self.model = model
         self.request = request
         self.gpu = gpu
         self.budget_bytes = budget_bytes
         self.because: str | None = None
+        self.calibration = calibration
+        self._measured_by = None if calibration is None else calibration.digest
+        self._ranges = history.ranges(runs)
         self._told = told
         self._keys: dict[tuple[str, ...], str] = {}
         self._answers: dict[str, store.Answers] = {}
@@ -53,13 +61,13 @@ class Estimator:
         wanted = self._key(steps)
         answers = self._answers.setdefault(wanted, store.Answers(wanted))
         stored = {n: c.stored_dtype for n, c in self.model.components.items()}
-        name = store.case(steps, self.gpu, self.request, stored)
+        name = store.case(steps, self.gpu, self.request, stored, self._measured_by)
         found = answers.get(name)
         if found is None:
             trace = self._trace(steps)
             if trace is None:
                 neighbours = self._between(steps)
-                return UNKNOWN if neighbours is None else within(neighbours, self.budget_bytes)
+                return UNKNOWN if neighbours is None else self._told_by_runs(steps, neighbours)
             from engine.estimate.whole import estimate
 
             found = estimate(
@@ -70,9 +78,22 @@ class Estimator:
                 denoising_steps=self.request.steps,
                 stored=stored,
                 absent=self.request.components,
+                calibration=self.calibration,
             )
             answers.put(name, found)
-        return within(found, self.budget_bytes)
+        return self._told_by_runs(steps, found)
+
+    def _told_by_runs(self, steps: Sequence[Step], found: Estimate) -> Estimate:
+        """Return an estimate within the budget, its interval as the remembered runs have it: these are not kept."""
+        return history.adjusted(within(found, self.budget_bytes), self._range(steps, found))
+
+    def _range(self, steps: Sequence[Step], found: Estimate) -> history.Range | None:
+        return self._ranges.get((history.placement(steps), found.basis))
+
+    def remembered(self, steps: Sequence[Step], found: Estimate) -> int | None:
+        """Return how many kinds of runs an estimate's interval is of; None where it is not of runs."""
+        known = self._range(steps, found)
+        return None if known is None or (known.bytes is None and known.seconds is None) else known.kinds
 
     def timeline(self, steps: Sequence[Step]) -> Timeline | None:
         """Return what is on the card along a run under these steps; None where it is not known, as `because` says.
@@ -88,7 +109,7 @@ class Estimator:
             return None
         from engine.estimate import timeline
 
-        return timeline.of_trace(trace, steps, self.gpu, dtype, self.request.components)
+        return timeline.of_trace(trace, steps, self.gpu, dtype, self.request.components, self.calibration)
 
     def _unknown(self, steps: Sequence[Step], dtype: str) -> str | None:
         """Return why there can be no estimate, or None."""
@@ -138,7 +159,10 @@ class Estimator:
                 above = height * width, asked
         if below is None or above is None:
             return None
-        low, high = (Estimator(self.model, asked, self.gpu, None)(steps) for _, asked in (below, above))
+        low, high = (
+            Estimator(self.model, asked, self.gpu, None, calibration=self.calibration)(steps)
+            for _, asked in (below, above)
+        )
         self.because = None
         return between(low, high, (pixels - below[0]) / (above[0] - below[0]))
 

@@ -12,8 +12,6 @@ import functools
 import hashlib
 import importlib.util
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from engine import paths, versions
 from engine.estimate.dryrunner import DryRunner
 from engine.facts.model import Component, Model
+from engine.files import write
 from engine.values import Estimate, Gpu, HostBytes, Interval, Phase, Request, Step
 
 if TYPE_CHECKING:
@@ -145,22 +144,14 @@ def find(
     return tracefile.load(made)
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, whoever else writes it at the same time. Raises: OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def case(steps: Sequence[Step], gpu: Gpu, request: Request, stored: Mapping[str, str | None]) -> str:
-    """Return what an estimate from one trace is known by."""
+def case(
+    steps: Sequence[Step],
+    gpu: Gpu,
+    request: Request,
+    stored: Mapping[str, str | None],
+    calibration: str | None = None,
+) -> str:
+    """Return what an estimate from one trace is known by; `calibration` is the digest of its card's."""
     content = [
         [[s.name, dict(s.params)] for s in steps],
         [gpu.name, gpu.arch, gpu.total_bytes, gpu.pcie_generation, gpu.pcie_width, gpu.mig],
@@ -169,6 +160,7 @@ def case(steps: Sequence[Step], gpu: Gpu, request: Request, stored: Mapping[str,
         sorted(request.components),
         dict(stored),
         versions.cudnn(),
+        calibration,
     ]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:24]
 

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from engine import gpus
+from engine.calibration import Calibration
 from engine.estimate import stream, whole, workspaces
 from engine.estimate.placements import Placement
 from engine.estimate.stream import ACTIVATION, CUDA_GRANULE_BYTES, WEIGHT, WORKSPACE, Stream
@@ -75,14 +76,22 @@ class Timeline:
         return max(range(len(self.phases)), key=lambda i: self.phases[i].peak_point.total_bytes)
 
 
-def of_trace(trace: Trace, steps: Sequence[Step], gpu: Gpu, dtype: str, absent: Collection[str] = ()) -> Timeline:
+def of_trace(
+    trace: Trace,
+    steps: Sequence[Step],
+    gpu: Gpu,
+    dtype: str,
+    absent: Collection[str] = (),
+    calibration: Calibration | None = None,
+) -> Timeline:
     """Return the timeline of a run under `steps`, without what is `absent`. `gpu` needs a compute capability."""
     capability, units = gpu.compute_capability, gpus.multiprocessors(gpu)
     assert capability is not None
     along = trace.along(way(steps)).without(absent)
     placement = whole.placed(along, steps, dtype)
-    made = stream.build(along, placement, functools.cache(lambda w: workspaces.taken(w, capability, units)))
-    return of_stream(made, _sizes(along, placement), workspaces.context_bytes(capability))
+    takes = functools.cache(lambda w: workspaces.taken(w, capability, units, calibration))
+    made = stream.build(along, placement, takes)
+    return of_stream(made, _sizes(along, placement), workspaces.context_bytes(capability, calibration))
 
 
 def _sizes(trace: Trace, placement: Placement) -> dict[str, int]:

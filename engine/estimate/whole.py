@@ -9,7 +9,9 @@ import functools
 from collections.abc import Collection, Mapping, Sequence
 
 from engine import gpus, optimizers
+from engine.calibration import Calibration
 from engine.estimate import allocator, clock, stream, workspaces
+from engine.estimate.clock import Speeds
 from engine.estimate.pinned import pinned_bytes
 from engine.estimate.placements import (
     Casting,
@@ -81,25 +83,29 @@ def estimate(
     denoising_steps: int | None,
     stored: Mapping[str, str | None],
     absent: Collection[str] = (),
+    calibration: Calibration | None = None,
 ) -> Estimate:
     """Return the estimate of a run under `steps`, as if the card had no limit.
 
     `stored` says, by component, which dtype its weights have on disk (None: not known, taken to be another).
-    `absent` names components that are not loaded; what they would give is handed in. `gpu` needs a compute capability.
+    `absent` names components that are not loaded; what they would give is handed in. `gpu` needs a compute capability;
+    `calibration` is what was measured of it.
     """
     capability, units = gpu.compute_capability, gpus.multiprocessors(gpu)
     assert capability is not None
     along = trace.along(way(steps)).without(absent)
     make = functools.partial(placed, along, steps, dtype)
-    usual = stream.build(along, make(), functools.cache(lambda w: workspaces.taken(w, capability, units)))
+    takes = functools.cache(lambda w: workspaces.taken(w, capability, units, calibration))
+    usual = stream.build(along, make(), takes)
     reserved = allocator.replay(usual.events, usual.sizes, marks=[i for i, _ in usual.marks], aside=usual.aside)
     required = allocator.required_bytes(usual.events, usual.sizes, frozenset(usual.optional), aside=usual.aside)
-    context = workspaces.context_bytes(capability)
+    context = workspaces.context_bytes(capability, calibration)
     host = host_bytes(along, make(), stored, dtype)
-    seconds = _seconds(along, make, gpu, along.usual_steps if denoising_steps is None else denoising_steps)
+    by_host = {h: clock.speeds(gpu, h, calibration) for h in ("low", "value", "high")}
+    seconds = _seconds(along, make, by_host, along.usual_steps if denoising_steps is None else denoising_steps)
     placement = make()
     at_rest = placement.bytes_of(placement.resident())
-    usual_speed = clock.speeds(gpu)
+    usual_speed = by_host["value"]
     low, high = _range(along, make, (capability, units), reserved.peak_allocated_bytes)
     if trace.basis == "component":
         # What the pipeline holds between its components was not seen: as much again as was seen within them.
@@ -118,7 +124,7 @@ def estimate(
         else round(clock.load_seconds(_stored_bytes(along), at_rest, usual_speed), 3),
         quality=max((optimizers.spec(s.name).quality for s in steps), key=_QUALITIES.index, default="exact"),
         basis=trace.basis,
-        calibrated=False,
+        calibrated=calibration is not None,
         interval=Interval(
             low_bytes=low,
             high_bytes=high,
@@ -151,12 +157,11 @@ def _phases(usual: Stream, allocated: Sequence[int], seconds: Mapping[str, float
 
 
 def _seconds(
-    trace: Trace, make: functools.partial[Placement], gpu: Gpu, steps: int | None
+    trace: Trace, make: functools.partial[Placement], by_host: Mapping[str, Speeds | None], steps: int | None
 ) -> dict[str, dict[str, float]] | None:
     """Return the seconds by phase on a slow ("low"), a usual and a fast host; None for a card without rates."""
     found = {}
-    for host in ("low", "value", "high"):
-        speed = clock.speeds(gpu, host)
+    for host, speed in by_host.items():
         if speed is None:
             return None
         found[host] = {p.name: p.seconds for p in clock.phases(trace, make, speed, steps)}

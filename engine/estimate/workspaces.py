@@ -1,10 +1,12 @@
 """What operators take on a card beside their inputs and outputs, by mechanism, for a compute capability. No torch.
 
-The figures and their evidence are data: `gpus/libraries.json`. None is fitted to a published peak of a pipeline.
+The figures and their evidence are data: `gpus/libraries.json`. None is fitted to a published peak of a pipeline. What
+was measured of this very card goes before them.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -13,14 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from engine import versions
+from engine.calibration import Calibration, Convolution
 from engine.estimate.stream import Taken
 from engine.estimate.trace import Work
+from engine.units import MIB
 
 _LIBRARIES = Path(__file__).parents[1] / "gpus" / "libraries.json"
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _INDEX_MAX = 2**31 - 1
 _CHANNELS_TOGETHER = 8
 """Converted tensors have whole groups of eight channels."""
+_ALIKE_BYTES, _ALIKE_SHARE = 2 * MIB, 0.02
+"""A workspace that was measured is explained by what differs from it by no more: cuDNN takes a little beside."""
 
 
 @cache
@@ -36,13 +42,20 @@ def _by_capability(table: dict[str, Any], capability: tuple[int, int]) -> Any:
     return table[lower[-1] if lower else known[0][1]]
 
 
-def context_bytes(capability: tuple[int, int]) -> int:
+def context_bytes(capability: tuple[int, int], calibration: Calibration | None = None) -> int:
     """Return what a process takes on a card before any tensor: the CUDA context and its kernels."""
+    if calibration is not None and calibration.context_bytes is not None:
+        return calibration.context_bytes
     return int(_by_capability(_libraries()["context_bytes"], capability)["value"])
 
 
-def taken(work: Work, capability: tuple[int, int], multiprocessors: int | None = None) -> Taken:
-    """Return what one operator takes on a card of this capability, with so many multiprocessors."""
+def taken(
+    work: Work,
+    capability: tuple[int, int],
+    multiprocessors: int | None = None,
+    calibration: Calibration | None = None,
+) -> Taken:
+    """Return what one operator takes on a card of this capability, with so many multiprocessors, as calibrated."""
     match work.kind:
         case "matmul":
             # One workspace a handle and stream, kept. cublasLt shares it from torch 2.11 on.
@@ -51,7 +64,7 @@ def taken(work: Work, capability: tuple[int, int], multiprocessors: int | None =
         case "conv":
             if columns := _columns_bytes(work):
                 return Taken(bytes=columns)
-            return Taken(bytes=convolution_bytes(work, capability), is_given_up=True)
+            return Taken(bytes=convolution_bytes(work, capability, calibration), is_given_up=True)
         case "attention":
             return Taken(bytes=attention_bytes(work, capability, multiprocessors))
     return Taken()
@@ -72,14 +85,48 @@ def _columns_bytes(work: Work) -> int:
     return work.dims[1] * math.prod(kernel) * math.prod(work.dims[-3:]) * item
 
 
-def convolution_bytes(work: Work, capability: tuple[int, int]) -> int:
+def convolution_bytes(work: Work, capability: tuple[int, int], calibration: Calibration | None = None) -> int:
     """Return the workspace of cuDNN's first choice for a convolution of planar tensors."""
-    is_half = _ITEM_BYTES.get(work.dtype) == 2
-    table = _libraries()["convolution"]["half" if is_half else "float32"]
-    return converted_bytes(work, _by_capability(table, capability)["converts"])
+    return converted_bytes(work, converts(_kind(work.dtype), capability, calibration))
 
 
-def converted_bytes(work: Work, converts: Sequence[str]) -> int:
+def _kind(dtype: str) -> str:
+    return "half" if _ITEM_BYTES.get(dtype) == 2 else "float32"
+
+
+def converts(kind: str, capability: tuple[int, int], calibration: Calibration | None = None) -> tuple[str, ...]:
+    """Return which tensors cuDNN converts, by what was measured of this card or else by its capability."""
+    seen = None if calibration is None else seen_converted(calibration.convolutions, kind)
+    if seen is not None:
+        return seen
+    return tuple(_by_capability(_libraries()["convolution"][kind], capability)["converts"])
+
+
+def seen_converted(measured: Sequence[Convolution], kind: str) -> tuple[str, ...] | None:
+    """Return which tensors cuDNN was seen to convert in convolutions of a kind ("half" or "float32").
+
+    None where nothing was measured, or where no one set of tensors explains every workspace.
+    """
+    cases = [(work_of(c), c.workspace_bytes) for c in measured if _kind(c.dtype) == kind]
+    sets = [s for n in range(3) for s in itertools.combinations(("input", "output"), n)]
+    fitting = [s for s in sets if all(_is_alike(size, converted_bytes(work, s)) for work, size in cases)]
+    return fitting[0] if cases and len(fitting) == 1 else None
+
+
+def _is_alike(measured: int, explained: int) -> bool:
+    return abs(measured - explained) <= _ALIKE_BYTES + _ALIKE_SHARE * explained
+
+
+def work_of(measured: Convolution) -> Work:
+    """Return a convolution that was measured as a trace would have it."""
+    side, kernel = measured.side_px, 3
+    dims = (1, measured.channels_in, measured.channels_out, 1, 0, side, side, kernel, kernel, 1, 1, 1, 1, side, side)
+    values = (measured.channels_in + measured.channels_out) * side**2
+    values += measured.channels_in * measured.channels_out * kernel**2
+    return Work("conv", measured.dtype, dims, values * _ITEM_BYTES[measured.dtype])
+
+
+def converted_bytes(work: Work, names: Sequence[str]) -> int:
     """Return the bytes of a convolution's tensors ("input", "output") as channels-last, with the filters where any is.
 
     Nothing is taken where there is no such plan: depthwise convolutions, which torch computes itself, and outputs of
@@ -91,7 +138,7 @@ def converted_bytes(work: Work, converts: Sequence[str]) -> int:
     size_in = math.prod(work.dims[5 : 5 + per_dimension])
     size_out = math.prod(work.dims[-per_dimension:])
     item = _ITEM_BYTES.get(work.dtype)
-    if item is None or not converts or (groups > 1 and groups == channels_in):
+    if item is None or not names or (groups > 1 and groups == channels_in):
         return 0
     if batch * channels_out * size_out > _INDEX_MAX:
         return 0
@@ -101,7 +148,7 @@ def converted_bytes(work: Work, converts: Sequence[str]) -> int:
         "output": batch * size_out * _padded(channels_out) * item,
     }
     filters = _padded(channels_in) * _padded(channels_out) // groups * kernel * item
-    return sum(sizes[name] for name in converts) + filters
+    return sum(sizes[name] for name in names) + filters
 
 
 def _padded(channels: int) -> int:

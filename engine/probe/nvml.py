@@ -31,6 +31,16 @@ class Reading:
     nothing_because: str | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """What moves on one card: None is not known. `busy_percent` is of the time a kernel ran, lately."""
+
+    free_bytes: int | None = None
+    own_bytes: int | None = None
+    """What this process has on the card, context included."""
+    busy_percent: int | None = None
+
+
 def read() -> Reading:
     """Return the cards as they are now. Raises nothing: what does not work is in `faults`."""
     import pynvml
@@ -41,6 +51,35 @@ def read() -> Reading:
                 return _read(pynvml)
         except pynvml.NVMLError as error:
             return _unread(pynvml, error)
+
+
+def moment(uuid: str) -> Moment:
+    """Return what moves on the card (or MIG instance) of this UUID. Raises nothing: what is not told is None."""
+    import pynvml
+
+    with _LOCK:
+        try:
+            with _session(pynvml):
+                for asker in _askers(pynvml):
+                    if _text(asker.ask("uuid", pynvml.nvmlDeviceGetUUID)) == uuid:
+                        busy = asker.ask("busy_percent", pynvml.nvmlDeviceGetUtilizationRates)
+                        return Moment(
+                            free_bytes=_memory(pynvml, asker)["free_bytes"],
+                            own_bytes=_used(pynvml, asker).get(os.getpid()),
+                            busy_percent=None if busy is None else int(busy.gpu),
+                        )
+        except pynvml.NVMLError:
+            pass
+    return Moment()
+
+
+def _askers(nvml: Any) -> Iterator[_Asker]:
+    """Yield every card that can be asked, and every instance of one that is cut into them."""
+    for index in range(nvml.nvmlDeviceGetCount()):
+        with contextlib.suppress(nvml.NVMLError):
+            card = _Asker(nvml, nvml.nvmlDeviceGetHandleByIndex(index))
+            yield card
+            yield from (_Asker(nvml, handle) for _, handle in _instances(nvml, card))
 
 
 @contextlib.contextmanager
@@ -224,14 +263,20 @@ def _links(nvml: Any, asker: _Asker) -> int | None:
 
 def _processes(nvml: Any, asker: _Asker) -> tuple[GpuProcess, ...]:
     """Return the other processes on the card, the largest first."""
+    used = _used(nvml, asker)
+    used.pop(os.getpid(), None)
+    found = [GpuProcess(pid=pid, name=_process_name(nvml, pid), used_bytes=size) for pid, size in used.items()]
+    return tuple(sorted(found, key=lambda p: (-(p.used_bytes or 0), p.pid)))
+
+
+def _used(nvml: Any, asker: _Asker) -> dict[int, int | None]:
+    """Return what each process has on the card."""
     used: dict[int, int | None] = {}
     # By their versions: the unversioned names raise something of their own where the driver is too old for them.
     for call in (nvml.nvmlDeviceGetComputeRunningProcesses_v3, nvml.nvmlDeviceGetGraphicsRunningProcesses_v3):
         for process in asker.ask("processes", call) or ():
             used[process.pid] = process.usedGpuMemory
-    used.pop(os.getpid(), None)
-    found = [GpuProcess(pid=pid, name=_process_name(nvml, pid), used_bytes=size) for pid, size in used.items()]
-    return tuple(sorted(found, key=lambda p: (-(p.used_bytes or 0), p.pid)))
+    return used
 
 
 def _process_name(nvml: Any, pid: int) -> str | None:

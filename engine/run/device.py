@@ -27,18 +27,16 @@ def choose(plan: Plan) -> None:
             "plan without --gpu and --vram",
         )
     if plan.device.uuid is not None:
-        _make_visible(plan)
+        make_visible(plan.device.uuid)
     _cap(plan, planned.total_bytes)
 
 
-def _make_visible(plan: Plan) -> None:
-    assert plan.device is not None and plan.device.uuid is not None
+def make_visible(uuid: str) -> None:
+    """Make the card of this UUID CUDA's only one, and start CUDA on it. Raises: HardwareError, when it cannot be."""
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        _check(plan)
-        return
-    os.environ["CUDA_VISIBLE_DEVICES"] = plan.device.uuid
-    _check(plan)
+    if torch is None or not torch.cuda.is_initialized():
+        os.environ["CUDA_VISIBLE_DEVICES"] = uuid
+    _check(uuid)
 
 
 def _cap(plan: Plan, total_bytes: int | None) -> None:
@@ -49,23 +47,22 @@ def _cap(plan: Plan, total_bytes: int | None) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, plan.request.vram_bytes / total_bytes), 0)
 
 
-def _check(plan: Plan) -> None:
+def _check(uuid: str) -> None:
     import torch
 
     if not torch.cuda.is_available():
         reading = nvml.read()
         shown = f"the driver shows {len(reading.gpus)}, and this torch ({torch.__version__}) starts CUDA on none"
         raise HardwareError(
-            "torch cannot use the card that the plan is for",
+            "torch cannot use the card",
             reading.nothing_because or shown,
             "install a torch built for CUDA (pip install torch), or run with --device cpu",
         )
-    assert plan.device is not None and plan.device.uuid is not None
     seen = str(torch.cuda.get_device_properties(0).uuid)
-    if not plan.device.uuid.startswith("MIG-") and seen not in plan.device.uuid:
+    if not uuid.startswith("MIG-") and seen not in uuid:
         raise HardwareError(
-            "CUDA started on another card than the plan's",
-            f"planned {plan.device.uuid}, got GPU-{seen}",
+            "CUDA started on another card than the one that is meant",
+            f"meant is {uuid}, and this is GPU-{seen}",
             "start a new process, without another CUDA_VISIBLE_DEVICES",
         )
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from engine.errors import IncompatibleError, OutOfMemoryError, UsageError
 from engine.plan import Plan
-from engine.run import device, load, progress
+from engine.run import device, load, progress, remember
 from engine.run.progress import Progress, Quiet
 
 if TYPE_CHECKING:
@@ -48,10 +49,23 @@ def pictures(plan: Plan, pipe: Any, prompts: Sequence[str], seed: int, told: Pro
         seeds = [(begin + k) % (MAX_SEED + 1) for k in range(plan.request.batch)]
         progress.settle_pipeline(pipe, told, "denoising")
         with told.stage(f"generating {len(seeds)} picture{'s' if len(seeds) > 1 else ''}"):
-            images = _call(plan, pipe, prompt, seeds)
+            images = _remembered(plan, pipe, prompt, seeds, told)
         for image, own in zip(images, seeds, strict=True):
             image.info |= {"prompt": prompt, "seed": own, "model": plan.request.model, "plan_digest": plan.digest}
             yield image
+
+
+def _remembered(plan: Plan, pipe: Any, prompt: str, seeds: Sequence[int], told: Progress) -> list[Image]:
+    """Return the pictures of one call, and remember what it took."""
+    start = time.perf_counter()
+    try:
+        images = _call(plan, pipe, prompt, seeds)
+    except OutOfMemoryError:
+        remember.run(plan, None, None, told, out_of_memory=True)
+        raise
+    seconds = time.perf_counter() - start
+    remember.run(plan, device.peak_allocated_bytes(plan.torch_device), seconds, told)
+    return images
 
 
 def _call(plan: Plan, pipe: Any, prompt: str, seeds: Sequence[int]) -> list[Image]:

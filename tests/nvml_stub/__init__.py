@@ -15,6 +15,7 @@ The real pynvml runs against it. A topology is a file in `tests/topologies/`:
         display: 1
         driver_model: 0                              # 0 WDDM, 1 TCC
         nvlink: 12                                   # links that are up
+        busy: 97                                     # per cent of the time that a kernel runs
         processes: {4242: [/usr/bin/blender, 310]}   # MiB
         mig: [{name: …, uuid: MIG-…, memory_mib: …}]
         errors: {nvmlDeviceGetName: 15}              # any function, NVML's error code
@@ -97,6 +98,8 @@ def _card(scope: str, card: dict[str, Any]) -> dict[str, Any]:
     put("nvmlDeviceGetMaxClockInfo.sm", card.get("clocks_mhz", {}).get("sm"))
     put("nvmlDeviceGetMaxClockInfo.mem", card.get("clocks_mhz", {}).get("memory"))
     put("nvmlDeviceGetMemoryBusWidth", card.get("bus_bits"))
+    if "busy" in card:
+        put("nvmlDeviceGetUtilizationRates", f"{card['busy']} 0")
     put("nvmlDeviceGetDisplayActive", card.get("display"))
     if "driver_model" in card:
         put("nvmlDeviceGetDriverModel_v2", f"{card['driver_model']} {card['driver_model']}")

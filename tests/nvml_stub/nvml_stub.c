@@ -141,6 +141,10 @@ NUMBER(nvmlDeviceGetDisplayActive)
 NUMBER(nvmlDeviceGetNumGpuCores)
 NUMBER(nvmlDeviceGetMemoryBusWidth)
 
+typedef struct { unsigned gpu, memory; } utilization;
+int nvmlDeviceGetUtilizationRates(void *d, utilization *out) {
+    return pair(SCOPE(d), "nvmlDeviceGetUtilizationRates", &out->gpu, &out->memory);
+}
 int nvmlDeviceGetMaxClockInfo(void *d, unsigned type, unsigned *out) {
     return number(SCOPE(d), type == 2 ? "nvmlDeviceGetMaxClockInfo.mem" : "nvmlDeviceGetMaxClockInfo.sm", out);
 }
