@@ -359,6 +359,18 @@ def test_attention_holds_the_matrix_of_scores_only_where_no_kernel_fits(
     assert (most_at_once("cuda", attend, query) < scores / 2) is is_fused
 
 
+@pytest.mark.parametrize(("dtype", "is_fused"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_the_flash_kernel_shares_keys_among_heads_and_the_other_does_not(dtype: torch.dtype, is_fused: bool) -> None:
+    """Qwen2.5-VL has 28 heads of queries and 4 of keys: executed on the phantom device, nothing is repeated."""
+    query, key = (torch.empty(1, heads, 512, 128, dtype=dtype, device="meta") for heads in (28, 4))
+
+    def attend(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
+
+    output = query.numel() * dtype.itemsize
+    assert (most_at_once("cuda", attend, query, key) < 1.1 * output) is is_fused
+
+
 def test_autocast_on_meta_is_entered_where_it_changes_nothing_and_refused_where_it_would() -> None:
     before = torch.autocast
     with record._autocast_knows_meta():

@@ -55,9 +55,9 @@ def main() -> int:
         more = [n for n in asked.more.split(",") if n]
         names, placements = (asked.models or usual).split(","), asked.placements.split(",")
         wanted = [c.json() for c in matrix.cases(asked.what, names, placements, asked.dtypes.split(","), more)]
+    # As much as is asked for, unless the environment says how much: predictions are without a limit too.
     settings = {"DG_PHANTOM_CARD": asked.card}
-    if asked.what == "allocator":
-        settings["DG_PHANTOM_BYTES"] = str(_AMPLE_BYTES)
+    settings["DG_PHANTOM_BYTES"] = os.environ.get("DG_PHANTOM_BYTES", str(_AMPLE_BYTES))
     child = subprocess.Popen(
         [sys.executable, "-m", "truth.phantom.child"],
         stdin=subprocess.PIPE,

@@ -83,6 +83,19 @@ def _count(args: Any, result: Any) -> Iterator[Answer]:
         yield 4, len(result).to_bytes(4, "little")
 
 
+def _repeats(args: Any, result: Any) -> Iterator[Answer]:
+    """None is negative; and as many there are."""
+    if args[0].is_meta:
+        yield 1, b"\1"
+        yield 8, len(result).to_bytes(8, "little")
+
+
+def _extremes(args: Any, result: Any) -> Iterator[Answer]:
+    if args[0].is_meta:
+        yield 8, bytes(8)
+        yield 8, (len(result) - 1).to_bytes(8, "little")
+
+
 def _counts(args: Any, result: Any) -> Iterator[Answer]:
     """Masks that pick: each is counted first."""
     for mask in args[1]:
@@ -112,6 +125,8 @@ _HEARS: dict[Any, Callable[[Any, Any], Iterator[Answer]]] = {
     aten._local_scalar_dense.default: _scalar,
     aten.equal.default: _truth,
     aten.nonzero.default: _count,
+    aten.repeat_interleave.Tensor: _repeats,
+    aten.bincount.default: _extremes,
     aten.index.Tensor: _counts,
     aten.index_put_.default: _counts,
     aten.index_put.default: _counts,
