@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.dryrun import twins
 
@@ -36,6 +36,25 @@ def tell(answers: list[Answer]) -> None:
     """Let the next reads of the device give these."""
     for size, value in answers:
         _LIBRARY.phantom_answer(value, size)
+
+
+@contextlib.contextmanager
+def weights_keep_theirs() -> Iterator[None]:
+    """Give no answer to who moves a module's weights: they are read as well."""
+    real: Any = nn.Module._apply
+
+    def moved(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _LIBRARY.phantom_mute(1)
+        try:
+            return real(self, *args, **kwargs)
+        finally:
+            _LIBRARY.phantom_mute(0)
+
+    nn.Module._apply = moved  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module._apply = real  # type: ignore[method-assign]
 
 
 def untold() -> tuple[int, int]:

@@ -106,7 +106,7 @@ def executed(made: Made, chosen: Sequence[Step], dtype: str, answers: list[card.
     phases = _Phases(found)
     _mark(pipe, phases)
     card.tell(answers)
-    with torch.no_grad():
+    with torch.no_grad(), card.weights_keep_theirs():
         pipe(**call)
     phases.enter("")
     return found
