@@ -115,7 +115,6 @@ def test_the_memory_efficient_kernel_accumulates_wide_heads_in_float32(
         ((1, 20, 256, 300, 160), 108, 19_763_200),
         ((1, 20, 256, 300, 160), 128, 11_857_920),  # the same on another card
         ((2, 20, 1024, 1024, 64), 108, 0),
-        ((1, 24, 4608, 4608, 128), 132, 0),
     ],
 )
 def test_the_flash_kernel_splits_keys_where_queries_do_not_fill_the_card(
@@ -125,6 +124,15 @@ def test_the_flash_kernel_splits_keys_where_queries_do_not_fill_the_card(
     work = Work("attention", "bfloat16", (*shape, 1), 0)
     assert workspaces.taken(work, (8, 0), multiprocessors) == Taken(bytes=executed_bytes)
     assert workspaces.taken(work, (8, 0)) == Taken()  # where the card is not known
+
+
+@pytest.mark.parametrize("kernel", [1, 2])
+def test_on_hopper_cudnns_own_attention_takes_the_place_of_both_where_it_can(kernel: int) -> None:
+    """Executed: chosen for half precision up to widths of 256 in whole eights, with masks and without."""
+    fits = Work("attention", "bfloat16", (1, 20, 256, 300, 160, kernel), 0)
+    assert workspaces.taken(fits, (9, 0), 132) == Taken()
+    wide = Work("attention", "bfloat16", (1, 1, 256, 256, 512, 2), 0)
+    assert workspaces.taken(wide, (9, 0), 132) == Taken(bytes=256 * 512 * 4)
 
 
 def test_before_ampere_the_memory_efficient_kernel_takes_the_place_of_the_flash_kernel() -> None:

@@ -87,7 +87,7 @@ def _cuda_attention(
     10.x with a recent cuDNN its own kernel goes first, which is taken here to hold the same.
     """
     is_plain = query.dim() == 4 and query.shape[-1] == key.shape[-1] == value.shape[-1]
-    if not is_plain or enable_gqa or dropout_p:
+    if not is_plain or dropout_p:
         return NotImplemented
     is_half = query.dtype in (torch.float16, torch.bfloat16)
     width = query.shape[-1]
@@ -97,6 +97,8 @@ def _cuda_attention(
         scale = width**-0.5 if scale is None else scale
         padded = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scale)[0]
         return padded if width % 8 == 0 else padded[..., :width]
+    if enable_gqa:  # fewer keys than queries have heads: the flash kernel shares them, the other does not
+        return NotImplemented
     # From compute capability 8.0 on the memory-efficient kernel wants rows of whole 16 bytes.
     if not (is_half and width % 8 == 0) and not (query.dtype == torch.float32 and width % 4 == 0):
         return NotImplemented

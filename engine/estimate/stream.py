@@ -6,7 +6,7 @@ that operators take while they compute.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from engine.estimate.placements import DROP, EMPTY, FETCH, LOAD, STAGE, STORE, Move, Placement
@@ -90,7 +90,7 @@ def build(trace: Trace, placement: Placement, takes: Callable[[Work], Taken] | N
     taken = [takes(w) if takes is not None else None for w in trace.works]
     taken = [t if t is not None and (t.bytes or t.for_good_bytes) else None for t in taken]
     kept: dict[int, int] = {}
-    replaced: set[int] = set()
+    standing_in: dict[int, int] = {}  # births that took a weight's place: number → slot
     copying: dict[str, int] = {}  # the stream of copies of each component
 
     made.marks.append((0, LOADING))
@@ -105,7 +105,11 @@ def build(trace: Trace, placement: Placement, takes: Callable[[Work], Taken] | N
         if kind == BORN:
             born.append(allocate(sizes[payload], ACTIVATION))
         elif kind == DIED:
-            events.append(-born[len(born) - 1 - payload])
+            number = len(born) - 1 - payload
+            if number in standing_in:
+                _replaced(made, placement, weights, born, standing_in, standing_in.pop(number))
+            else:
+                events.append(-born[number])
         elif kind == WORK:
             want = taken[payload]
             if want is not None:
@@ -116,17 +120,14 @@ def build(trace: Trace, placement: Placement, takes: Callable[[Work], Taken] | N
         elif kind == STEP:
             made.step_ends.append(len(events))
         elif kind == GONE:
-            slot_gone = placement.slot_of(trace.gone[payload])
-            replaced.add(slot_gone)  # what took its place was born in the trace: it comes no more
-            if slot_gone in weights:
-                events.append(-weights.pop(slot_gone))
+            _replaced(made, placement, weights, born, standing_in, placement.slot_of(trace.gone[payload]))
         elif kind == BEGIN and acts[payload]:
             path = paths[payload]
             for move in placement.begin(path):
                 if move.verb == STAGE:
-                    _between_stages(made, frozenset(weights), born)
+                    _between_stages(made, frozenset(weights), born, standing_in)
                 else:
-                    _moved(made, move, placement, weights, _component(path), replaced, copying)
+                    _moved(made, move, placement, weights, _component(path), copying)
             for cast in placement.casts.get(path, ()):
                 wide = allocate(cast.computed_bytes, WEIGHT, _component(path))
                 events.append(-weights[cast.slot])
@@ -138,8 +139,32 @@ def build(trace: Trace, placement: Placement, takes: Callable[[Work], Taken] | N
                 events.append(-weights[cast.slot])
                 weights[cast.slot] = narrow
             for move in placement.end(path):
-                _moved(made, move, placement, weights, _component(path), replaced, copying)
+                _moved(made, move, placement, weights, _component(path), copying)
     return made
+
+
+def _replaced(
+    made: Stream, placement: Placement, weights: dict[int, int], born: list[int], standing_in: dict[int, int], slot: int
+) -> None:
+    """Let what was born last take the place of a weight that is let go of: it is where that was, and moves as that did.
+
+    So a VAE is widened that is on the host: its weights are made there, and come as wide as they are by then.
+    """
+    if slot < 0:  # of a component that is not there
+        return
+    events, before = made.events, weights.pop(slot, None)
+    key = born[-1] if born and events and events[-1] == born[-1] else None
+    if key is not None:
+        standing_in[len(born) - 1] = slot
+        placement.sizes[slot] = made.sizes[key]
+        if before is None:
+            events.pop()
+        else:
+            weights[slot] = key
+            made.kinds[key] = WEIGHT
+            made.owners[key] = made.owners[before]
+    if before is not None:
+        events.append(-before)
 
 
 def _workspace(made: Stream, want: Taken, kept: dict[int, int]) -> None:
@@ -163,14 +188,11 @@ def _moved(
     placement: Placement,
     weights: dict[int, int],
     component: str,
-    replaced: set[int],
     copying: dict[str, int],
 ) -> None:
     verb = move.verb
     if verb in (LOAD, FETCH):
         for slot in move.slots:
-            if slot in replaced:
-                continue
             before = weights.get(slot)
             if before is not None and verb == LOAD:
                 continue
@@ -187,7 +209,7 @@ def _moved(
         made.events.append(0)
 
 
-def _between_stages(made: Stream, present: frozenset[int], born: list[int]) -> None:
+def _between_stages(made: Stream, present: frozenset[int], born: list[int], standing_in: Mapping[int, int]) -> None:
     """Let a phase of loading begin, or end, between what was before and the phase that a run is in.
 
     A phase that has begun and held nothing yet begins after the loading; one that has is continued under its next name.
@@ -201,7 +223,7 @@ def _between_stages(made: Stream, present: frozenset[int], born: list[int]) -> N
         made.present.append(present)
         return
     dead = {-key for key in made.events if key < 0}
-    made.waiting = [number for number, key in enumerate(born) if key not in dead]
+    made.waiting = [number for number, key in enumerate(born) if key not in dead and number not in standing_in]
     at = len(made.events)
     made.events += [-born[number] for number in made.waiting]
     if start == at:

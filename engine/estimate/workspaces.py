@@ -160,14 +160,26 @@ def attention_bytes(work: Work, capability: tuple[int, int], multiprocessors: in
 
     The memory-efficient one: outputs, for half precision and widths over 128 (`needs_output_accumulator` of torch's
     kernel_forward.h). The flash kernel: outputs and a log-sum-exp a query, of each split of the keys; none is taken to
-    be split where the count of multiprocessors is not known. Before 8.0 the former takes the flash kernel's place.
+    be split where the count of multiprocessors is not known. Before 8.0 the former takes the flash kernel's place. On
+    9.0 and 10.0 cuDNN's own takes that of both where it can; what it wants is not known, and taken to be nothing.
     """
     batch, heads, queries, keys, width, kernel = work.dims
+    is_half = _ITEM_BYTES.get(work.dtype) == 2
+    if is_half and width % 8 == 0 and width <= 256 and _cudnn_attends(capability):
+        return 0
     if kernel == 1 and capability >= (8, 0):
         splits = 1 if multiprocessors is None else _flash_splits(batch * heads, queries, keys, width, multiprocessors)
         return 0 if splits == 1 else splits * batch * heads * queries * 4 * (_flash_width(width) + 1)
-    is_half = _ITEM_BYTES.get(work.dtype) == 2
     return batch * heads * queries * width * 4 if is_half and width > 128 else 0
+
+
+def _cudnn_attends(capability: tuple[int, int]) -> bool:
+    """Whether torch prefers cuDNN's attention: executed (`truth/phantom`) on 9.0, with cuDNN 9.15.1 and not with 9.10.
+
+    That 10.0 is as 9.0 is recalled. A cuDNN that is not seen is taken to be a recent one.
+    """
+    version = versions.cudnn()
+    return capability in ((9, 0), (10, 0)) and (version is None or version > (9, 15, 0))
 
 
 def _flash_width(width: int) -> int:

@@ -29,13 +29,14 @@ def executed(
 
     Where it runs out of memory, the index of the event at which it does. Nothing is left allocated.
     """
-    cuda: Any = torch.cuda  # loosely typed by torch
+    # They have no types.
+    cuda: Any = torch.cuda
     allocate, delete = cuda.caching_allocator_alloc, cuda.caching_allocator_delete
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() == 0
     set_capacity(capacity_bytes)
     torch.cuda.reset_peak_memory_stats()
-    streams = {number: cuda.Stream() for number in set(aside.values())}
+    streams: dict[int, Any] = {number: cuda.Stream() for number in set(aside.values())}
     live: dict[int, int] = {}
     given_up: list[int] = []
     try:
@@ -92,8 +93,7 @@ def random_stream(chance: random.Random) -> tuple[list[int], list[int], frozense
     """Return events, sizes, what is optional and what is aside, of a random stream of up to some hundred events."""
     largest = chance.choice([4 << 10, 1 << 20, 3 << 20, 24 << 20, 200 << 20])
     recurring = [_size(chance, largest) for _ in range(chance.randint(1, 8))]
-    sizes: list[int] = [0]
-    events: list[int] = []
+    sizes, events = [0], []
     alive: list[int] = []
     keeps, empties = chance.uniform(0.35, 0.65), chance.choice([0.0, 0.0, 0.01, 0.1])
     for _ in range(chance.randint(5, 600)):

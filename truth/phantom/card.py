@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.dryrun import twins
 
@@ -36,6 +36,25 @@ def tell(answers: list[Answer]) -> None:
     """Let the next reads of the device give these."""
     for size, value in answers:
         _LIBRARY.phantom_answer(value, size)
+
+
+@contextlib.contextmanager
+def weights_keep_theirs() -> Iterator[None]:
+    """Give no answer to who moves a module's weights: they are read as well."""
+    real: Any = nn.Module._apply
+
+    def moved(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _LIBRARY.phantom_mute(1)
+        try:
+            return real(self, *args, **kwargs)
+        finally:
+            _LIBRARY.phantom_mute(0)
+
+    nn.Module._apply = moved  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module._apply = real  # type: ignore[method-assign]
 
 
 def untold() -> tuple[int, int]:
@@ -83,6 +102,19 @@ def _count(args: Any, result: Any) -> Iterator[Answer]:
         yield 4, len(result).to_bytes(4, "little")
 
 
+def _repeats(args: Any, result: Any) -> Iterator[Answer]:
+    """None is negative; and as many there are."""
+    if args[0].is_meta:
+        yield 1, b"\1"
+        yield 8, len(result).to_bytes(8, "little")
+
+
+def _extremes(args: Any, result: Any) -> Iterator[Answer]:
+    if args[0].is_meta:
+        yield 8, bytes(8)
+        yield 8, (len(result) - 1).to_bytes(8, "little")
+
+
 def _counts(args: Any, result: Any) -> Iterator[Answer]:
     """Masks that pick: each is counted first."""
     for mask in args[1]:
@@ -112,6 +144,8 @@ _HEARS: dict[Any, Callable[[Any, Any], Iterator[Answer]]] = {
     aten._local_scalar_dense.default: _scalar,
     aten.equal.default: _truth,
     aten.nonzero.default: _count,
+    aten.repeat_interleave.Tensor: _repeats,
+    aten.bincount.default: _extremes,
     aten.index.Tensor: _counts,
     aten.index_put_.default: _counts,
     aten.index_put.default: _counts,

@@ -46,6 +46,11 @@ def steps(*named: tuple[str, dict[str, Any]]) -> list[Step]:
     return sorted(made, key=lambda s: optimizers.spec(s.name).slot)
 
 
+def changing(chosen: Sequence[Step]) -> list[Step]:
+    """Return the steps that a dry run applies too."""
+    return [s for s in chosen if optimizers.spec(s.name).changes_computing]
+
+
 def loaded_as(pipe: Any, dtype: str) -> Any:
     """Return a pipeline in the precision that loading it so would give it."""
     for component in pipe.components.values():
@@ -61,7 +66,7 @@ def dry(made: Made, chosen: Sequence[Step], dtype: str) -> tuple[Trace, list[car
         if isinstance(component, nn.Module):
             component.to("meta")
             getattr(component, "tie_weights", lambda: None)()
-    run.change(pipe, [s for s in chosen if optimizers.spec(s.name).changes_computing], dtype)
+    run.change(pipe, changing(chosen), dtype)
     name = way(chosen)
     if name:  # the other way is recorded first
         with card.listening() as plainly:
@@ -101,7 +106,7 @@ def executed(made: Made, chosen: Sequence[Step], dtype: str, answers: list[card.
     phases = _Phases(found)
     _mark(pipe, phases)
     card.tell(answers)
-    with torch.no_grad():
+    with torch.no_grad(), card.weights_keep_theirs():
         pipe(**call)
     phases.enter("")
     return found

@@ -161,6 +161,11 @@ cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t given, cudnnBack
             *(int64_t *)values = 0;
         have = 1;
         break;
+    case CUDNN_ATTR_ENGINECFG_SHARED_MEMORY_USED:
+        if (values != NULL)
+            *(int32_t *)values = 0;
+        have = 1;
+        break;
     default:
         for (size_t i = 0; i < it->count; i++)
             if (it->told[i].name == name) {

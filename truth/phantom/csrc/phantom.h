@@ -41,6 +41,7 @@ void phantom_copy(void *to, const void *from, size_t bytes);
 /* What the next reads of the device by the host give: read in the order given, each of as many bytes. */
 void phantom_answer(const void *value, size_t bytes);
 size_t phantom_answers(void); /* how many are left */
+void phantom_mute(int muted); /* while weights move: what lies there is what they are */
 size_t phantom_misses(void);  /* how many reads found none, or one of another size */
 void phantom_set(void *to, int value, size_t bytes);
 
