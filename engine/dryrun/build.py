@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +27,16 @@ _UNBUILDABLE = (
 )
 
 
-def pipeline(model: Model, dtype: torch.dtype) -> Any:
+Weightless = Callable[[], AbstractContextManager[Any]]
+"""Gives a context in which modules are made without weights."""
+ALL_ON_META: Weightless = partial(torch.device, "meta")
+
+
+def pipeline(model: Model, dtype: torch.dtype, weightless: Weightless = ALL_ON_META) -> Any:
     """Return the model's pipeline with every weight on meta, in the dtypes that loading it so would give.
+
+    Another `weightless` can leave buffers on the host, with the values that their classes give them: for whoever puts
+    weights in the parameters' places, and runs it.
 
     Raises: ModelError, when a class is not in the installed libraries or does not take its configuration.
     """
@@ -39,7 +50,11 @@ def pipeline(model: Model, dtype: torch.dtype) -> Any:
             "update diffusers",
         )
     taken = inspect.signature(cls.__init__).parameters
-    parts = {name: _component(model, name, part, dtype) for name, part in model.components.items() if name in taken}
+    parts = {
+        name: _component(model, name, part, dtype, weightless)
+        for name, part in model.components.items()
+        if name in taken
+    }
     for name, parameter in taken.items():
         if name != "self" and name not in parts and parameter.default is inspect.Parameter.empty:
             parts[name] = None
@@ -47,7 +62,7 @@ def pipeline(model: Model, dtype: torch.dtype) -> Any:
     if guardrail is not None:
         parts["safety_checker"] = guardrail
     # AnimateDiff makes a component of two others, and loads it with their weights: on meta too, where these are.
-    makes_parts = torch.device("meta") if "motion_adapter" in parts else contextlib.nullcontext()
+    makes_parts = weightless() if "motion_adapter" in parts else contextlib.nullcontext()
     with makes_parts, stand_ins.building(cls):
         built = cls(**parts)
     for name, part in built.components.items():
@@ -66,7 +81,7 @@ def notes(pipe: Any) -> tuple[str, ...]:
     return tuple(getattr(pipe, _NOTES, ()))
 
 
-def _component(model: Model, name: str, part: Component, dtype: torch.dtype) -> Any:
+def _component(model: Model, name: str, part: Component, dtype: torch.dtype, weightless: Weightless) -> Any:
     import diffusers
     import transformers
 
@@ -93,7 +108,7 @@ def _component(model: Model, name: str, part: Component, dtype: torch.dtype) -> 
             if not issubclass(cls, diffusers.ConfigMixin):
                 raise TypeError(f"{part.cls} is no part of a pipeline: neither a module nor configured")
             return cls.from_config(dict(part.config))
-        with torch.device("meta"):
+        with weightless():
             is_configured = part.library == "diffusers" and hasattr(cls, "from_config")
             made = cls.from_config(dict(part.config)) if is_configured else cls(_transformers_config(part))
     except _UNBUILDABLE as error:

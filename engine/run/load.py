@@ -87,9 +87,13 @@ def _from_pretrained(plan: Plan, where: str) -> Any:
 
 def apply(plan: Plan, pipe: Any, told: Progress | None = None) -> Any:
     """Return `pipe` with every step applied and seen to hold, in the plan's order."""
-    told = told or Quiet()
     refuse_unfit(plan)
-    here = context(plan)
+    return apply_steps(plan, pipe, context(plan), told)
+
+
+def apply_steps(plan: Plan, pipe: Any, here: Context, told: Progress | None = None) -> Any:
+    """Return `pipe` with a plan's steps applied where `here` says, whether or not the plan is expected to fit."""
+    told = told or Quiet()
     _refuse_placed(pipe)
     idle = {n.optimizer for n in plan.notes if n.kind == "no_effect"}
     for step in plan.optimizers:
