@@ -33,6 +33,11 @@ class Device:
     def is_card(self) -> bool:
         return self.kind == CUDA
 
+    @property
+    def block_bytes(self) -> int:
+        """What the allocator rounds a tensor up to."""
+        return 512 if self.is_card else 1
+
     def synchronize(self) -> None:
         self._module.synchronize()
 

@@ -32,8 +32,6 @@ _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "math": SDPBackend.MATH,
 }
-_BLOCK_BYTES = 512
-"""What the allocator rounds a block up to."""
 # What a library or a device has against an operator; an out-of-memory error is a RuntimeError too.
 _REFUSALS = (RuntimeError, NotImplementedError, ValueError)
 
@@ -78,7 +76,7 @@ def _context(device: Device, sampler: Sampler) -> Iterator[dict[str, Any]]:
         yield {
             "after": name,
             "allocated_bytes": device.allocated_bytes(),
-            "kept_bytes": device.allocated_bytes() - before - _rounded(made),
+            "kept_bytes": device.allocated_bytes() - before - _rounded(device, made),
             "reserved_bytes": device.reserved_bytes(),
             **asdict(sampler.look()),
         }
@@ -213,7 +211,7 @@ def _taken(device: Device, run: Callable[[], torch.Tensor]) -> dict[str, Any]:
         device.reset_peaks()
         made = run()
         device.synchronize()
-        workspaces_bytes.append(device.peaks().allocated_bytes - before - _rounded(made))
+        workspaces_bytes.append(device.peaks().allocated_bytes - before - _rounded(device, made))
         del made
     start = device.stamp()
     times = 3
@@ -244,8 +242,8 @@ def _kernels(device: Device, run: Callable[[], Any]) -> list[str] | None:
     return list(dict.fromkeys(e.name[:160] for e in seen.events() or () if str(e.device_type).endswith("CUDA")))
 
 
-def _rounded(made: torch.Tensor) -> int:
-    return -(-made.untyped_storage().nbytes() // _BLOCK_BYTES) * _BLOCK_BYTES
+def _rounded(device: Device, made: torch.Tensor) -> int:
+    return -(-made.untyped_storage().nbytes() // device.block_bytes) * device.block_bytes
 
 
 def _plain(work: Work) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import engine
 from bench.gpu.matrix import Case, step
+from engine import facts, optimizers
 from engine.errors import DgRunError
-from engine.estimate import workspaces
-from engine.estimate.whole import HOST_BASE_BYTES
+from engine.estimate import store, stream, whole, workspaces
+from engine.estimate.ways import way
 from engine.plan import Plan
 from engine.units import format_size
 from engine.values import Gpu, Hardware, Step
@@ -116,8 +117,25 @@ def host_bytes(plan: Plan) -> int | None:
     if taken.anonymous_bytes is None:
         return None
     if is_built_on_card(plan.optimizers):
-        return HOST_BASE_BYTES
+        return whole.HOST_BASE_BYTES
     return taken.anonymous_bytes + (taken.pinned_bytes or 0) + (taken.file_bytes or 0)
+
+
+def tensor_peaks(plan: Plan) -> dict[str, int] | None:
+    """Return the peak of each phase of tensors alone, to the byte: what a device that counts them should see.
+
+    No workspace is among them, and no rounding. None where the trace is not at hand.
+    """
+    request = plan.request
+    dtype = next((str(s.params["value"]) for s in plan.optimizers if s.name == "dtype"), "float32")
+    changes = [s for s in plan.optimizers if optimizers.spec(s.name).changes_computing]
+    is_plain = request.exact and not way(plan.optimizers)
+    trace = store.find(facts.find(request.model), request, dtype, changes, is_plain=is_plain)
+    if trace is None:
+        return None
+    along = trace.along(way(plan.optimizers)).without(request.components)
+    found = stream.build(along, whole.placed(along, plan.optimizers, dtype))
+    return {p.name: p.peak_bytes for p in stream.peaks(found, granule_bytes=1)}
 
 
 def plain(plan: Plan) -> dict[str, Any]:

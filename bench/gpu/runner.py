@@ -86,6 +86,7 @@ def run(
             "wall_s": round(wall, 3),
             "cap_bytes": expected.cap_bytes,
             "plan": None if expected.plan is None else predict.plain(expected.plan),
+            "tensors": predict.tensor_peaks(expected.plan) if dry and status is None and expected.plan else None,
             **({"status": status[0], "because": status[1], "phase": None, "measured": {}} if status else outcome or {}),
         }
         journal.append(record)

@@ -14,7 +14,7 @@ INTERVAL_S = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Bytes used on the card: by this process (None where the driver does not name it, as in containers), and by all."""
+    """Bytes used on the card: by this process (None where the driver does not name it, as in containers), by all."""
 
     process_bytes: int | None
     card_bytes: int | None
