@@ -158,10 +158,10 @@ def _convolution(device: Device, work: Work, capability: tuple[int, int] | None)
     size_in, kernel, stride, dilation, size_out = (tuple(rest[i * per : (i + 1) * per]) for i in range(5))
     if transposed:
         return told | {"because": "transposed: not measured"}
-    padding = [
-        max(0, -(-((o - 1) * s + d * (k - 1) + 1 - i) // 2))
-        for i, k, s, d, o in zip(size_in, kernel, stride, dilation, size_out, strict=True)
-    ]
+    each = list(zip(size_in, kernel, stride, dilation, size_out, strict=True))
+    padding = [max(0, -(-((o - 1) * s + d * (k - 1) + 1 - i) // 2)) for i, k, s, d, o in each]
+    if any((i + 2 * p - d * (k - 1) - 1) // s + 1 != o for p, (i, k, s, d, o) in zip(padding, each, strict=True)):
+        return told | {"because": "padded on one side only: not measured"}
     convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[per]
     dtype = getattr(torch, work.dtype)
     try:
