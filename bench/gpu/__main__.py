@@ -123,6 +123,7 @@ def _report(given: argparse.Namespace) -> int:
     if given.write is None:
         print(text, end="")
     else:
+        given.write.parent.mkdir(parents=True, exist_ok=True)
         given.write.write_text(text, encoding="utf-8")
     return 0
 

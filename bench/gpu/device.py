@@ -63,7 +63,8 @@ class Device:
     def pinned_bytes(self) -> int | None:
         """Return the most host memory that was pinned, as the pinning allocator rounds it; None where nobody counts."""
         if self.is_card:
-            return int(self._module.host_memory_stats().get("allocated_bytes.peak", 0))
+            told = self._module.host_memory_stats()
+            return int(told["allocated_bytes.peak"]) if "allocated_bytes.peak" in told else None if told else 0
         stats = getattr(self._module, "stats", None)
         return None if stats is None else stats().get("pinned_peak")
 
@@ -109,11 +110,13 @@ class Device:
         real_info, real_properties = module.mem_get_info, module.get_device_properties
         before = real_info()[0]
 
-        def info(*where: Any) -> tuple[int, int]:
-            return max(0, card_bytes - max(0, before - real_info(*where)[0])), card_bytes
+        def info(*where: Any, **named: Any) -> tuple[int, int]:
+            return max(0, card_bytes - max(0, before - real_info(*where, **named)[0])), card_bytes
 
-        module.mem_get_info = info
-        module.get_device_properties = lambda *where: _Smaller(real_properties(*where), card_bytes)
+        def properties(*where: Any, **named: Any) -> _Smaller:
+            return _Smaller(real_properties(*where, **named), card_bytes)
+
+        module.mem_get_info, module.get_device_properties = info, properties
         try:
             yield
         finally:

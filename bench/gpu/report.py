@@ -61,7 +61,8 @@ def _machine_part(machine: dict[str, Any], runs: list[Run], anew: bool) -> list[
         *(_DRY if machine["device"] != "cuda" else ()),
         f"Driver {machine['driver']}; {used}.",
         f"{len(runs)} cases: {', '.join(f'{n} {s}' for s, n in counts.items())}. dg-run was at {revisions};"
-        + (" predictions are of the dg-run that made this report." if anew else " predictions are of then."),
+        + (" predictions are of the dg-run that made this report." if anew else " predictions are of then.")
+        + _calibrated(runs),
         "",
         *_predicted(runs),
         *_phases(runs),
@@ -71,6 +72,11 @@ def _machine_part(machine: dict[str, Any], runs: list[Run], anew: bool) -> list[
         *_libraries(runs),
         *_rest(runs),
     ]
+
+
+def _calibrated(runs: list[Run]) -> str:
+    count = sum(r.estimate.calibrated for r in runs)
+    return f" {count} predictions rest on a calibration of this machine." if count else ""
 
 
 def _gib(size: float | None) -> str:
