@@ -15,7 +15,7 @@ import pytest
 
 from bench.gpu import __main__ as commands
 from bench.gpu import journal, machines, matrix, predict, runner
-from bench.gpu.case import Order
+from bench.gpu.case import Order, unnamed
 from bench.gpu.journal import Journal
 from bench.gpu.matrix import Case
 from bench.gpu.recipes import RECIPES
@@ -372,6 +372,7 @@ def test_the_commands_of_the_front_door(capsys: pytest.CaptureFixture[str]) -> N
     [
         (["list", "--models", "SDLX"], 2, "did you mean 'SDXL'?"),
         (["list", "--budgets", "8"], 2, "is not a size"),
+        (["list", "--only", "nothing"], 2, "has 'nothing' in its id"),
         (["run", "--minutes", "0"], 2, "more than nothing"),
         (["report", "nowhere.jsonl"], 2, "there is no file"),
     ],
@@ -401,6 +402,11 @@ def test_a_record_names_nobody() -> None:
     (card,) = hardware.gpus
     told = machines.described(hardware, {"device": "cuda", "torch": "2.13.0", "name": card.name})
     assert told["gpu"]["uuid"] is None and told["gpu"]["processes"] == ()
+
+
+def test_what_libraries_say_is_kept_without_this_machines_folders() -> None:
+    text = f"{sys.prefix}/lib/x.so and {Path.cwd()}/y and {Path.home()}/z"
+    assert unnamed(text) == "<python>/lib/x.so and <here>/y and ~/z"
 
 
 def test_planning_and_reporting_need_no_torch(tmp_path: Path) -> None:

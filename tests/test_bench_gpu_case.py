@@ -122,6 +122,7 @@ def test_what_fails_otherwise_says_what_it_was(counter: Counter, monkeypatch: py
     monkeypatch.setattr(weights, "pipeline", broken)
     outcome = cases.measure(order())
     assert (outcome.status, outcome.because, outcome.phase) == ("failed", "ValueError: two lines", "load")
+    assert outcome.measured["where"][-1].startswith("test_bench_gpu_case.py:")
 
 
 @pytest.mark.parametrize("name", ["sd_img2img", "sdxl", "wan", "flux"])

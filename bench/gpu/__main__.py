@@ -44,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--models", default="", help="only these, by their names in matrix.yaml, with commas")
         command.add_argument("--budgets", default="", help="emulated cards instead of the set's own: 8GiB,12GiB")
+        command.add_argument("--only", default="", metavar="TEXT", help="only cases whose ids hold this text")
         command.add_argument("--steps", type=int, help="denoising steps of a call, instead of the matrix's")
         command.add_argument("--dry", action="store_true", help="on the device that counts bytes, without a card")
     measure.add_argument("--out", type=Path, default=Path(_DEFAULT_OUT), help=f"file to add to ({_DEFAULT_OUT})")
@@ -71,7 +72,11 @@ def _parser() -> argparse.ArgumentParser:
 def _cases(given: argparse.Namespace) -> tuple[matrix.Case, ...]:
     name = given.set or ("dry" if given.dry else "quick")
     budgets = [b for b in (arguments.size("--budgets", text) for text in _words(given.budgets)) if b]
-    return matrix.cases(name, models=_words(given.models), budgets_bytes=budgets, steps=given.steps)
+    found = matrix.cases(name, models=_words(given.models), budgets_bytes=budgets, steps=given.steps)
+    wanted = tuple(c for c in found if given.only in c.id)
+    if not wanted:
+        raise UsageError(f"no case of {name} has {given.only!r} in its id", do="`list` shows the ids")
+    return wanted
 
 
 def _words(text: str) -> list[str]:

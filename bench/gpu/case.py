@@ -11,7 +11,9 @@ import json
 import os
 import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from bench.gpu import device as devices
@@ -23,6 +25,7 @@ from bench.gpu.sampling import Sampler
 from engine.errors import DgRunError, OutOfMemoryError
 from engine.plan import Plan
 
+_FRAMES = 6
 CALLS = 2
 """The first starts CUDA's libraries; the second is what a user waits for from then on."""
 
@@ -86,8 +89,18 @@ def _explain(error: Exception, outcome: Outcome) -> None:
 
     is_full = isinstance(error, OutOfMemoryError | torch.OutOfMemoryError)
     outcome.status = "oom" if is_full else "failed"
-    said = " ".join(str(error).split())[:600]
+    said = unnamed(" ".join(str(error).split()))[:600]
     outcome.because = said if isinstance(error, DgRunError) else f"{type(error).__name__}: {said}"
+    frames = traceback.extract_tb(error.__traceback__)[-_FRAMES:]
+    outcome.measured["where"] = [f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames]
+
+
+def unnamed(text: str) -> str:
+    """Return what a library said without the folders of this machine, which can hold a user's name."""
+    for folder, name in ((sys.prefix, "<python>"), (str(Path.cwd()), "<here>"), (str(Path.home()), "~")):
+        if len(folder) > 1:
+            text = text.replace(folder, name)
+    return text
 
 
 def _run(case: Case, order: Order, device: Device, watched: Sampler, outcome: Outcome) -> None:
@@ -188,7 +201,7 @@ def _host_peaks() -> dict[str, int | None]:
     """Return the most of the host's memory that this process had, of files and without."""
     found: dict[str, int | None] = {"peak_bytes": None, "anonymous_bytes": None}
     with contextlib.suppress(OSError):
-        with open("/proc/self/status", encoding="utf-8") as file:  # noqa: PTH123 - no file of anybody's
+        with Path("/proc/self/status").open(encoding="utf-8") as file:
             lines = dict(line.split(":", 1) for line in file if ":" in line)
         for name, key in (("peak_bytes", "VmHWM"), ("anonymous_bytes", "RssAnon")):
             if key in lines:

@@ -5,11 +5,11 @@ Each takes a pipeline on the host and the size of the card. One whose package is
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from engine import versions
 from engine.units import GIB
 
 
@@ -20,13 +20,12 @@ class Recipe:
     about: str
     apply: Callable[[Any, str, int], None]
     package: str | None = None
-    module: str | None = None
     quality: str = "exact"
 
     @property
     def missing(self) -> str | None:
         """Return what has to be installed first, or None."""
-        if self.module is None or importlib.util.find_spec(self.module) is not None:
+        if self.package is None or versions.installed(self.package) is not None:
             return None
         return f"not installed: pip install {self.package}"
 
@@ -99,10 +98,7 @@ RECIPES = {
         about="mmgp: offload.profile, by the table of its README",
         apply=_mmgp,
         package="mmgp",
-        module="mmgp",
         quality="near",
     ),
-    "cache-dit": Recipe(
-        about="cache-dit: layerwise_cpu_offload", apply=_cache_dit, package="cache-dit", module="cache_dit"
-    ),
+    "cache-dit": Recipe(about="cache-dit: layerwise_cpu_offload", apply=_cache_dit, package="cache-dit"),
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu import predict
-from bench.gpu.case import Order
+from bench.gpu.case import Order, unnamed
 from bench.gpu.journal import Journal
 from bench.gpu.matrix import Case
 from bench.gpu.recipes import RECIPES
@@ -139,7 +139,7 @@ def ask(order: Order, limit_s: float) -> Answer:
         finally:
             _end(process)
         said.seek(max(0, said.tell() - _KEPT_CHARACTERS))
-        tail = said.read().decode("utf-8", "replace")[-_KEPT_CHARACTERS:]
+        tail = unnamed(said.read().decode("utf-8", "replace")[-_KEPT_CHARACTERS:])
     wall = time.monotonic() - started
     with contextlib.suppress(ValueError):
         if died is None and process.returncode == 0:
