@@ -19,8 +19,8 @@ from engine.facts import attention, catalogue
 from engine.facts.model import Model
 from engine.optimizers.spec import Context, denoisers
 from engine.values import FrozenDict, Request
-from tests import tiny
 from tests.conftest import draw
+from truth import pipelines
 
 CPU = torch.device("cpu")
 
@@ -139,10 +139,10 @@ def test_layers_fused_after_group_offload_are_in_no_group(pipe: Any, is_first: b
 
 
 def test_of_fused_and_sliced_attention_the_second_undoes_the_first() -> None:
-    pipe, _ = tiny.made("sd")
+    pipe, _ = pipelines.made("sd")
     run.change(pipe, [optimizers.spec(n).step() for n in ("attention_slicing", "fuse_qkv")], "float32")
     assert {type(p).__name__ for p in pipe.unet.attn_processors.values()} == {"FusedAttnProcessor2_0"}
-    pipe, call = tiny.made("sd")
+    pipe, call = pipelines.made("sd")
     run.change(pipe, [optimizers.spec(n).step() for n in ("fuse_qkv", "attention_slicing")], "float32")
     assert _fused_that_compute(pipe, call) == 0
 
@@ -180,7 +180,7 @@ OF_CLASS = {
 
 @pytest.mark.parametrize("name", ["sd", "sd3", "flux", "pixart", "wan"])
 def test_a_denoiser_that_fuses_computes_with_the_fused_weights(name: str) -> None:
-    pipe, call = tiny.made(name)
+    pipe, call = pipelines.made(name)
     run.change(pipe, [optimizers.spec("fuse_qkv").step()], "float32")
     assert _fused_that_compute(pipe, call) >= 3
 
@@ -211,7 +211,7 @@ def test_a_denoiser_that_is_said_not_to_fuse_does_not(cls: str) -> None:
 
 
 def test_what_ltx_fuses_is_never_used() -> None:
-    pipe, call = tiny.made("ltx")
+    pipe, call = pipelines.made("ltx")
     with pytest.raises(IncompatibleError, match="fuse_qkv cannot act on LTXPipeline"):
         run.change(pipe, [optimizers.spec("fuse_qkv").step()], "float32")
     pipe.transformer.fuse_qkv_projections()
@@ -223,7 +223,7 @@ def test_fused_attention_without_a_text_does_not_run() -> None:
     """Stable Diffusion 3.5 medium has such a second attention in its first blocks."""
     from diffusers import SD3Transformer2DModel
 
-    pipe, call = tiny.made("sd3")
+    pipe, call = pipelines.made("sd3")
     config = {k: v for k, v in pipe.transformer.config.items() if not k.startswith("_")}
     pipe.transformer = SD3Transformer2DModel(**config | {"dual_attention_layers": (0,)})
     pipe(**call)

@@ -17,15 +17,15 @@ from engine.estimate import store, tracefile
 from engine.estimate.trace import Trace
 from engine.facts.model import Model
 from engine.values import Request
-from tests import tiny
 from tests.conftest import RTX_4090, card, machine
+from truth import pipelines
 
 SIZE = Request(model="tiny", height=64, width=64)
 
 
 def on_meta(name: str) -> Any:
     """Return a tiny pipeline whose weights are gone."""
-    pipe, _ = tiny.made(name)
+    pipe, _ = pipelines.made(name)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module):
             part.to("meta")

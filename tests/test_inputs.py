@@ -16,7 +16,7 @@ from engine.dryrun.tokens import StubVisionProcessor, Vision
 from engine.errors import UsageError
 from engine.estimate.trace import Trace
 from engine.facts.model import Defaults, Model
-from tests import tiny
+from truth import pipelines
 
 
 def model(**usual: Any) -> Model:
@@ -37,7 +37,7 @@ def largest(trace: Trace) -> int:
 
 
 def test_what_was_asked_is_given_under_the_names_of_the_pipeline() -> None:
-    pipe, _ = tiny.made("wan")
+    pipe, _ = pipelines.made("wan")
     asked = inputs.call(model(), pipe, height=64, width=96, frames=9, batch=2, steps=3, guidance=4.5)
     assert asked == {
         "prompt": ["x", "x"],
@@ -51,12 +51,12 @@ def test_what_was_asked_is_given_under_the_names_of_the_pipeline() -> None:
 
 
 def test_what_was_not_asked_is_left_to_the_pipeline() -> None:
-    pipe, _ = tiny.made("sd")
+    pipe, _ = pipelines.made("sd")
     assert inputs.call(model(), pipe) == {"prompt": "x", "output_type": "pil"}
 
 
 def test_a_batch_is_pictures_of_one_prompt_as_in_a_run() -> None:
-    pipe, _ = tiny.made("sdxl")
+    pipe, _ = pipelines.made("sdxl")
     assert inputs.call(model(), pipe, batch=3)["num_images_per_prompt"] == 3
 
 
@@ -87,7 +87,7 @@ def test_a_batch_of_videos_is_really_made() -> None:
 
 
 def test_an_argument_that_is_not_there_is_refused_with_the_nearest_one() -> None:
-    pipe, _ = tiny.made("flux")
+    pipe, _ = pipelines.made("flux")
     with pytest.raises(UsageError, match="does not take true_cfg") as error:
         inputs.call(model(), pipe, extra={"true_cfg": 2.0})
     assert "true_cfg_scale" in error.value.do
@@ -96,7 +96,7 @@ def test_an_argument_that_is_not_there_is_refused_with_the_nearest_one() -> None
     with pytest.raises(UsageError, match="needs speed"):
         inputs.call(model(), Needy())
     # Deprecated arguments by any name are taken by the class, and mean nothing.
-    sd, _ = tiny.made("sd")
+    sd, _ = pipelines.made("sd")
     with pytest.raises(UsageError, match="does not take kwargs"):
         inputs.call(model(), sd, extra={"kwargs": {}})
 
@@ -108,20 +108,20 @@ def test_what_is_only_usual_is_left_out_where_it_does_not_apply() -> None:
 
 
 def test_extra_arguments_come_last() -> None:
-    pipe, _ = tiny.made("flux")
+    pipe, _ = pipelines.made("flux")
     asked = inputs.call(model(), pipe, extra={"prompt": "y", "true_cfg_scale": 2.0, "output_type": "latent"})
     assert asked == {"prompt": "y", "true_cfg_scale": 2.0, "output_type": "latent"}
 
 
 def test_pictures_are_given_where_the_class_works_on_pictures() -> None:
-    pipe, _ = tiny.made("sd_img2img")
+    pipe, _ = pipelines.made("sd_img2img")
     asked = inputs.call(model(), pipe, steps=2)
     assert asked["image"].size == (1024, 1024)
     with_size = inputs.call(model(height=64, width=96), pipe, height=64, width=96, extra={"strength": 0.5})
     assert with_size["image"].size == (96, 64)
     assert "height" not in with_size
     # SDXL's text-to-image takes pictures for an adapter only.
-    assert not any(isinstance(v, Image.Image) for v in inputs.call(model(), tiny.made("sdxl")[0]).values())
+    assert not any(isinstance(v, Image.Image) for v in inputs.call(model(), pipelines.made("sdxl")[0]).values())
 
 
 def test_an_inpainting_pipeline_gets_a_picture_and_a_mask_and_encodes_both() -> None:
@@ -208,7 +208,7 @@ def test_each_row_has_the_tokens_of_its_pictures() -> None:
 
 
 def test_pictures_are_not_made() -> None:
-    pipe, _ = tiny.made("sd")
+    pipe, _ = pipelines.made("sd")
     pictures.stay_empty(pipe)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):

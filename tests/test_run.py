@@ -16,8 +16,8 @@ from engine.optimizers.spec import Context, NotApplied
 from engine.optimizers.spec import modules as optimizer_modules
 from engine.plan import Plan
 from engine.run import device, generate, load
-from tests import tiny
 from tests.conftest import card, draw, machine
+from truth import pipelines
 
 HERE = Context(device="cpu", dtype="float32")
 
@@ -99,7 +99,7 @@ def test_the_pairs_that_the_guide_permits_work_together(pipe: Any, first: str, s
 @pytest.mark.parametrize("slices", ["auto", "max"])
 def test_sliced_attention_keeps_the_picture_near(slices: str) -> None:
     """The embedded model is a transformer, which has none: a small random UNet."""
-    pipe, call = tiny.made("sd")
+    pipe, call = pipelines.made("sd")
 
     def picture() -> Any:
         return pipe(**call, generator=torch.Generator().manual_seed(0)).images
@@ -115,7 +115,7 @@ def test_sliced_attention_keeps_the_picture_near(slices: str) -> None:
 
 @pytest.mark.parametrize("placement", ["model_offload", "sequential_offload", "group_offload leaf"])
 def test_sliced_attention_and_the_offloads_work_together(placement: str) -> None:
-    pipe, call = tiny.made("sd")
+    pipe, call = pipelines.made("sd")
     applied(pipe, step("attention_slicing"))
     alone = pipe(**call, generator=torch.Generator().manual_seed(0)).images
     applied(pipe, ACTING[placement])
@@ -123,8 +123,8 @@ def test_sliced_attention_and_the_offloads_work_together(placement: str) -> None
 
 
 def test_the_half_of_one_head_is_one() -> None:
-    pipe, call = tiny.made("sd")
-    pipe.unet = tiny._unet(attention_head_dim=1)
+    pipe, call = pipelines.made("sd")
+    pipe.unet = pipelines._unet(attention_head_dim=1)
     applied(pipe, step("attention_slicing"))
     assert pipe(**call).images.shape == (1, 64, 96, 3)
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from engine.dryrun import shapes, twins
 from engine.dryrun.follow import Follower
 from engine.estimate.trace import Trace
-from tests import tiny
 from tests.test_dryrun import dry, events
+from truth import pipelines
 
 LARGE = (1000, 1000)
 
@@ -21,14 +21,14 @@ def told(trace: Trace) -> Any:
     return list(trace.told()), trace.works
 
 
-@pytest.mark.parametrize("name", tiny.ALL)
+@pytest.mark.parametrize("name", pipelines.ALL)
 def test_a_call_answered_from_the_first_of_its_kind_leaves_the_same_trace(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick = told(dry(*tiny.made(name)))
-    again = told(dry(*tiny.made(name)))
+    quick = told(dry(*pipelines.made(name)))
+    again = told(dry(*pipelines.made(name)))
     monkeypatch.setattr(shapes.Operator, "result", lambda self, args, kwargs: self.func(*args, **kwargs))
-    computed = told(dry(*tiny.made(name)))
+    computed = told(dry(*pipelines.made(name)))
     assert quick == computed
     assert again == computed
 

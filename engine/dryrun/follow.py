@@ -20,6 +20,11 @@ from engine.dryrun import twins, works
 from engine.dryrun.tensors import tensors_in
 from engine.estimate.trace import Builder, Work
 
+# Written as other operators for every device, below where a dispatch mode looks: what they hold on the way is seen only
+# when they are taken apart here. (`CompositeExplicitAutograd` in torch's native_functions.yaml, without a CUDA kernel.)
+_TAKEN_APART = {torch.ops.aten._safe_softmax.default}
+_PARTS: Any = torch._C.DispatchKey.CompositeExplicitAutograd
+
 
 class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Record births and deaths of storages on `device`, while it is active."""
@@ -69,6 +74,9 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tensors_in(given.values()):
             self._met(tensor)
         is_dry = self.device == "meta"
+        if func in _TAKEN_APART:
+            with self:
+                return func._op_dk(_PARTS, *args, **given)
         result = twins.call(func, args, given) if is_dry else func(*args, **given)
         for tensor in tensors_in((result,)):
             if tensor.device.type == self.device:

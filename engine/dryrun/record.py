@@ -22,8 +22,8 @@ VAE_METHODS = ("encode", "decode")
 _ENCODERS = ("text_encoder", "image_encoder", "prior")
 
 
-WAYS = {"tiled": ("use_tiling",), "sliced": ("use_slicing",), "sliced+tiled": ("use_slicing", "use_tiling")}
-"""Other ways through a VAE, recorded beside the plain one: the switches of each."""
+WAYS = {"tiled": ("tiling",), "sliced": ("slicing",), "sliced+tiled": ("slicing", "tiling")}
+"""Other ways through a VAE, recorded beside the plain one: what is switched on in each."""
 
 
 def record(pipe: Any, call: dict[str, Any], target: str, ways: Sequence[str] = ()) -> Trace:
@@ -120,6 +120,7 @@ def made_later(weight: torch.Tensor) -> None:
 def _component(name: str, module: nn.Module) -> TracedComponent:
     owners = []
     castable = set(_castable(module)) if name in attention.DENOISERS else set()
+    layers = _layers()
     for path, owner in module.named_modules():
         weights = tuple(
             Weight(
@@ -135,13 +136,20 @@ def _component(name: str, module: nn.Module) -> TracedComponent:
         )
         if weights:
             full = f"{name}.{path}".rstrip(".")
-            owners.append(TracedModule(path=full, weights=weights, is_castable=owner in castable))
+            is_layer = isinstance(owner, layers)
+            owners.append(TracedModule(path=full, weights=weights, is_castable=owner in castable, is_layer=is_layer))
     return TracedComponent(name=name, modules=tuple(owners), blocks=tuple(_blocks(name, module)))
+
+
+def _layers() -> tuple[type[nn.Module], ...]:
+    """Return the layers that diffusers 0.42 offloads and casts as they are."""
+    from diffusers.hooks._common import _GO_LC_SUPPORTED_PYTORCH_LAYERS
+
+    return tuple(_GO_LC_SUPPORTED_PYTORCH_LAYERS)
 
 
 def _castable(module: nn.Module, path: str = "", patterns: Sequence[str] | None = None) -> Iterator[nn.Module]:
     """Yield the layers that `enable_layerwise_casting` of diffusers 0.42 acts on, with its default patterns."""
-    from diffusers.hooks._common import _GO_LC_SUPPORTED_PYTORCH_LAYERS as LAYERS
     from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN as USUAL
 
     if patterns is None:
@@ -149,7 +157,7 @@ def _castable(module: nn.Module, path: str = "", patterns: Sequence[str] | None 
         patterns = [*USUAL, *(p for name in own for p in getattr(module, name, None) or ())]
     if any(re.search(p, path) for p in patterns):
         return
-    if isinstance(module, LAYERS):
+    if isinstance(module, _layers()):
         yield module
         return
     for name, child in module.named_children():
@@ -225,7 +233,7 @@ def _method(
         phases.enter(real.__name__)
         others = {}
         for way in ways:
-            if all(hasattr(component, s) for s in WAYS[way]):
+            if all(hasattr(component, f"use_{s}") for s in WAYS[way]):
                 with _switched_on(component, WAYS[way]), follower.aside() as (events, survivors):
                     result = once(args, kwargs)
                 others[way] = events, survivors
@@ -252,14 +260,13 @@ def _method(
 
 @contextlib.contextmanager
 def _switched_on(component: nn.Module, switches: Sequence[str]) -> Iterator[None]:
-    before = {s: getattr(component, s) for s in switches}
+    before = dict(vars(component))
     for switch in switches:
-        setattr(component, switch, True)
+        getattr(component, f"enable_{switch}")()  # more than a flag: some work out the sizes of their tiles anew
     try:
         yield
     finally:
-        for switch, value in before.items():
-            setattr(component, switch, value)
+        vars(component).update(before)
 
 
 class _Phases:

@@ -236,7 +236,8 @@ class GroupOffload(Placement):
     With a stream the order of groups is learnt in a component's first forward. From its second on, a group fetches the
     next one before it computes, even if that is there already (a module that is called more than once); the component
     itself fetches the first. Until then, and where the order was not kept, a group comes by itself: on the same stream,
-    but waited for. Block groups keep their buffers.
+    but waited for. The buffers of blocks and of torch's layers stay, once they have come with the stream; those of
+    other modules go with the rest.
     """
 
     def __init__(
@@ -255,6 +256,8 @@ class GroupOffload(Placement):
         self.kept: list[int] = []
         self.groups: dict[str, tuple[int, ...]] = {}
         self.stays: dict[str, tuple[int, ...]] = {}
+        self.never: dict[str, tuple[int, ...]] = {}
+        """What a VAE itself owns (statistics of its latents, mostly) is pinned like the rest, and never comes."""
         self.copies: dict[str, tuple[int, ...]] = {}
         self.last: dict[str, str] = {}
         self.unmatched: set[str] = set()
@@ -264,18 +267,27 @@ class GroupOffload(Placement):
             elif block_level:
                 self._blocks(component, 1 if use_stream else blocks_per_group)
             else:
-                for module in component.modules:
-                    # What a VAE itself owns never comes (statistics of its latents, mostly).
-                    if not (is_vae(component.name) and module.path == component.name):
-                        self.groups[module.path] = self.slots(module.weights)
+                self._leaves(component)
         self.all_slots = tuple(
-            dict.fromkeys(s for path, g in self.groups.items() if path not in self.unmatched for s in g)
+            dict.fromkeys(
+                s for path, g in (*self.groups.items(), *self.never.items()) if path not in self.unmatched for s in g
+            )
         )
         self.order: dict[str, list[str]] = {}
         self.following: dict[str, str] = {}
         self.learning: str | None = None
         self.here: set[str] = set()
         self.roots = {c.name for c in trace.components if not is_vae(c.name)}
+
+    def _leaves(self, component: TracedComponent) -> None:
+        for module in component.modules:
+            slots = self.slots(module.weights)
+            if is_vae(component.name) and module.path == component.name:
+                self.never[module.path] = slots
+                continue
+            self.groups[module.path] = slots
+            if self.use_stream and module.is_layer:
+                self.stays[module.path] = self.slots(w for w in module.weights if w.is_buffer)
 
     def _blocks(self, component: TracedComponent, count: int) -> None:
         left = {m.path: m.weights for m in component.modules}

@@ -55,6 +55,8 @@ class Stream:
     """What is allocated on the stream of copies, which has a pool of its own."""
     marks: list[tuple[int, str]] = field(default_factory=list)
     """Where each phase begins: an index into `events`, and its name."""
+    present: list[frozenset[int]] = field(default_factory=list)
+    """The placement's slots that are on the device where each phase begins."""
     step_ends: list[int] = field(default_factory=list)
     """Where each denoising step has ended: an index into `events`."""
     owners: dict[int, str] = field(default_factory=dict)
@@ -84,6 +86,7 @@ def build(trace: Trace, placement: Placement, takes: Callable[[Work], Taken] | N
     replaced: set[int] = set()
 
     made.marks.append((0, LOADING))
+    made.present.append(frozenset())
     at_rest = placement.resident()
     owners = {s: c.name for c in trace.components for s in placement.slots(c.weights())} if at_rest else {}
     for slot in at_rest:
@@ -101,6 +104,7 @@ def build(trace: Trace, placement: Placement, takes: Callable[[Work], Taken] | N
                 _workspace(made, want, kept)
         elif kind == PHASE:
             made.marks.append((len(events), trace.phases[payload]))
+            made.present.append(frozenset(weights))
         elif kind == STEP:
             made.step_ends.append(len(events))
         elif kind == GONE:

@@ -84,6 +84,8 @@ class TracedModule:
     weights: tuple[Weight, ...]
     is_castable: bool = False
     """Whether layerwise casting, with the patterns of its class, keeps its weights in fewer bits."""
+    is_layer: bool = False
+    """Whether diffusers offloads it as one of torch's layers, and not weight by weight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -115,7 +115,7 @@ def _component(component: TracedComponent, numbers: dict[int, int]) -> list[Any]
     modules = [
         [
             m.path,
-            int(m.is_castable),
+            int(m.is_castable) + 2 * int(m.is_layer),
             [
                 [
                     w.name,
@@ -140,7 +140,8 @@ def _read_component(content: list[Any]) -> TracedComponent:
         modules=tuple(
             TracedModule(
                 path=path,
-                is_castable=bool(castable),
+                is_castable=bool(marks & 1),
+                is_layer=bool(marks & 2),
                 weights=tuple(
                     Weight(
                         name=n,
@@ -153,6 +154,6 @@ def _read_component(content: list[Any]) -> TracedComponent:
                     for n, number, size, flags, dtype in weights
                 ),
             )
-            for path, castable, weights in modules
+            for path, marks, weights in modules
         ),
     )

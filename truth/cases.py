@@ -1,0 +1,126 @@
+"""What is executed and predicted: a small pipeline, the sizes of a call, a list of optimizers."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from engine import compat, optimizers
+from engine.errors import IncompatibleError
+from engine.optimizers.spec import Context
+from engine.values import FrozenDict, Step
+from truth import pipelines
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One run: `architecture` is a name of `pipelines.ALL`, `call` replaces arguments of its usual call."""
+
+    architecture: str
+    steps: tuple[Step, ...]
+    dtype: str = "float32"
+    call: FrozenDict = field(default_factory=FrozenDict)
+
+    @property
+    def id(self) -> str:
+        """A name that says everything."""
+        sizes = " ".join(f"{k}={v}" for k, v in self.call.items())
+        return ", ".join(filter(None, (self.architecture, self.dtype, sizes, *map(str, self.steps))))
+
+    def made(self) -> tuple[Any, dict[str, Any]]:
+        """Return its pipeline on the CPU, in its dtype, and the arguments of its call."""
+        import torch
+
+        pipe, usual = pipelines.made(self.architecture)
+        for component in pipe.components.values():
+            if isinstance(component, torch.nn.Module):
+                component.to(getattr(torch, self.dtype))
+        return pipe, usual | dict(self.call)
+
+
+def _step(name: str, **params: Any) -> Step:
+    return optimizers.spec(name).step(params)
+
+
+PLACEMENTS: dict[str, Step] = {
+    "resident": _step("resident"),
+    "model_offload": _step("model_offload"),
+    "sequential_offload": _step("sequential_offload"),
+    "leaf": _step("group_offload", use_stream=False),
+    "leaf, streamed": _step("group_offload"),
+    "block": _step("group_offload", type="block_level", use_stream=False),
+    "two blocks": _step("group_offload", type="block_level", use_stream=False, blocks_per_group=2),
+    "block, streamed": _step("group_offload", type="block_level"),
+}
+"""Every placement, with every way of grouping."""
+
+_CASTINGS = (None, _step("layerwise_casting"), _step("layerwise_casting", storage="float8_e5m2"))
+_WAYS = ((), ("vae_tiling",), ("vae_slicing",), ("vae_slicing", "vae_tiling"))
+_CHANGES = (None, None, None, _step("fuse_qkv"), _step("attention_slicing"), _step("attention_slicing", slices="max"))
+# What a VAE of a small pipeline can decode, in pixels.
+_SIDES = (32, 32, 64, 64, 96)
+_FRAMES = (1, 5, 9, 13, 17)
+
+
+def every_placement(architectures: Iterator[str] | None = None) -> Iterator[Case]:
+    """Yield every architecture under every placement, as it is usually called."""
+    for name, step in itertools.product(architectures or pipelines.ALL, PLACEMENTS.values()):
+        yield Case(architecture=name, steps=(step,))
+
+
+def random_cases(seed: int) -> Iterator[Case]:
+    """Yield random cases without end: the same ones for the same seed. What a rule refuses is not among them."""
+    draw = random.Random(seed)
+    while True:
+        name = draw.choice(list(pipelines.ALL))
+        casting, change = draw.choice(_CASTINGS), draw.choice(_CHANGES)
+        steps = [change, casting, *(_step(n) for n in draw.choice(_WAYS)), draw.choice(list(PLACEMENTS.values()))]
+        case = Case(
+            architecture=name,
+            dtype=draw.choice(DTYPES),
+            call=_sizes(name, draw),
+            steps=tuple(s for s in steps if s is not None),
+        )
+        if is_permitted(case) and acts(case):
+            yield case
+
+
+@cache
+def _usual_call(name: str) -> FrozenDict:
+    return FrozenDict(pipelines.made(name)[1])
+
+
+def _sizes(name: str, draw: random.Random) -> FrozenDict:
+    usual = _usual_call(name)
+    sizes: dict[str, Any] = {"num_inference_steps": draw.choice((2, 3, 4))}
+    if "height" in usual:
+        sizes |= {"height": draw.choice(_SIDES), "width": draw.choice(_SIDES)}
+    if "num_frames" in usual:
+        sizes["num_frames"] = draw.choice(_FRAMES)
+    else:
+        sizes["num_images_per_prompt"] = draw.choice((1, 1, 2, 3))
+    return FrozenDict(sizes)
+
+
+def is_permitted(case: Case) -> bool:
+    """Whether no rule of the compatibility schema is broken."""
+    dtype = _step("dtype", value=case.dtype)
+    facts = compat.situation((dtype, *case.steps), "cuda", case.call.get("num_images_per_prompt", 1), None)
+    return not any(f.breaks for f in compat.findings((dtype, *case.steps), facts))
+
+
+def acts(case: Case) -> bool:
+    """Whether what would change the computing can act on the pipeline."""
+    changes = [s for s in case.steps if optimizers.spec(s.name).changes_computing]
+    try:
+        for step in changes:
+            optimizers.get(step.name).apply(case.made()[0], step, Context(device="cpu", dtype=case.dtype))
+    except IncompatibleError:
+        return False
+    return True
