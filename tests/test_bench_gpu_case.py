@@ -13,13 +13,13 @@ from bench.gpu import case as cases
 from bench.gpu import device as devices
 from bench.gpu import machine, machines, matrix, phases, predict, sampling, weights
 from bench.gpu.case import Order
-from bench.gpu.device import Device
+from bench.gpu.device import Counted, Cuda, Device
 from bench.gpu.matrix import Case
 from engine import facts, paths
 from engine.estimate.trace import Work
 from engine.units import GIB
-from tests import tiny
 from tests.test_dryrun import dry
+from truth import pipelines
 
 
 class Counter:
@@ -28,8 +28,7 @@ class Counter:
     def __init__(self) -> None:
         self.waits = 0
         self.most = 0
-        self.capacity: int | None = None
-        self.caps: list[int | None] = []
+        self.caps: list[int] = []
         self.full_after: int | None = None
 
     def synchronize(self) -> None:
@@ -59,14 +58,22 @@ class Counter:
     def mem_get_info(self) -> tuple[int, int]:
         return 8 * GIB, 8 * GIB
 
-    def set_capacity(self, size: int | None) -> None:
+    def set_capacity(self, size: int) -> None:
         self.caps.append(size)
+
+    @property
+    def pinned_peak_bytes(self) -> int:
+        return 77
+
+    def device(self) -> Device:
+        """Return the device that this counts for: the CPU, so that everything can be computed."""
+        return Counted("cpu", self, self, lambda: self)
 
 
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> Counter:
     made = Counter()
-    monkeypatch.setattr(devices, "opened", lambda *, dry: Device("cpu", made))
+    monkeypatch.setattr(devices, "opened", lambda *, dry: made.device())
     return made
 
 
@@ -90,7 +97,8 @@ def test_a_case_is_measured_phase_by_phase_in_two_calls(counter: Counter) -> Non
     assert peaks == sorted(set(peaks)), "each phase has its own peak"
     assert all(p["reserved_bytes"] == p["allocated_bytes"] + 1000 for p in found["calls"][0]["phases"])
     assert found["host"]["peak_bytes"] > found["host"]["anonymous_bytes"] > 0
-    assert counter.caps == [GIB, None]
+    assert found["host"]["pinned_bytes"] == 77
+    assert counter.caps == [GIB, -1]
 
 
 def test_a_second_call_that_would_be_cut_off_is_not_begun(counter: Counter) -> None:
@@ -127,8 +135,8 @@ def test_what_fails_otherwise_says_what_it_was(counter: Counter, monkeypatch: py
 
 @pytest.mark.parametrize("name", ["sd_img2img", "sdxl", "wan", "flux"])
 def test_phases_are_those_of_the_dry_run(name: str) -> None:
-    pipe, call = tiny.made(name)
-    watch = phases.Watch(Device("cpu", Counter()), sampling.Sampler())
+    pipe, call = pipelines.made(name)
+    watch = phases.Watch(Counter().device(), sampling.Sampler())
     with phases.marked(pipe, watch), torch.no_grad():
         watch.begin(phases.BEFORE)
         pipe(**call)
@@ -178,7 +186,7 @@ def test_random_weights_give_numbers() -> None:
 
 
 def test_a_card_looks_smaller_while_it_is_capped() -> None:
-    class Cuda(Counter):
+    class Card(Counter):
         def __init__(self) -> None:
             super().__init__()
             self.fractions: list[float] = []
@@ -189,15 +197,15 @@ def test_a_card_looks_smaller_while_it_is_capped() -> None:
         def get_device_properties(self, index: int = 0) -> Any:
             return type("P", (), {"total_memory": 8 * GIB, "name": "X"})()
 
-    module = Cuda()
-    device = Device("cuda", module)
+    module = Card()
+    device = Cuda("cuda", module)
     with device.capped(3 * GIB, 4 * GIB):
         assert module.fractions == [3 / 8]
-        assert device.free_and_total_bytes() == (4 * GIB, 4 * GIB)
+        assert module.mem_get_info() == (4 * GIB, 4 * GIB)
         shown = module.get_device_properties(0)
         assert (shown.total_memory, shown.name) == (4 * GIB, "X")
     assert module.fractions[-1] == 1.0
-    assert device.free_and_total_bytes() == (8 * GIB, 8 * GIB)
+    assert module.mem_get_info() == (8 * GIB, 8 * GIB)
     assert module.get_device_properties(0).total_memory == 8 * GIB
 
 
@@ -233,7 +241,7 @@ def test_without_nvml_nothing_is_seen_and_nothing_breaks() -> None:
 
 def test_a_convolutions_workspace_is_what_its_tensors_are_not() -> None:
     work = Work("conv", "float32", (1, 4, 6, 1, 0, 9, 8, 3, 3, 2, 1, 1, 1, 5, 8), 0)
-    found = machine._convolution(Device("cpu", Counter()), work, (8, 9))
+    found = machine._convolution(Counter().device(), work, (8, 9))
     assert found["predicted_bytes"] is not None and found["seconds"] > 0 and found["kernels"] is None
     # The stand-in's bytes grow by one for each wait; 6 x 5 x 8 floats are the output.
     assert found["bytes"] == 1 - 6 * 5 * 8 * 4
@@ -241,13 +249,13 @@ def test_a_convolutions_workspace_is_what_its_tensors_are_not() -> None:
 
 def test_an_odd_convolution_is_passed_over_with_its_reason() -> None:
     transposed = Work("conv", "float32", (1, 4, 6, 1, 1, 9, 8, 3, 3, 1, 1, 1, 1, 9, 8), 0)
-    assert "transposed" in machine._convolution(Device("cpu", Counter()), transposed, None)["because"]
+    assert "transposed" in machine._convolution(Counter().device(), transposed, None)["because"]
     lopsided = Work("conv", "float32", (1, 4, 6, 1, 0, 9, 8, 2, 2, 1, 1, 1, 1, 9, 8), 0)
-    assert "one side" in machine._convolution(Device("cpu", Counter()), lopsided, None)["because"]
+    assert "one side" in machine._convolution(Counter().device(), lopsided, None)["because"]
 
 
 def test_a_backend_that_does_not_run_says_why() -> None:
-    found = machine._attention(Device("cpu", Counter()), Work("attention", "float32", (1, 2, 16, 16, 8, 1), 0))
+    found = machine._attention(Counter().device(), Work("attention", "float32", (1, 2, 16, 16, 8, 1), 0))
     assert set(found["backends"]) == {"default", "flash", "efficient", "cudnn", "math"}
     assert found["backends"]["math"]["seconds"] > 0
     assert found["backends"]["cudnn"]["because"]

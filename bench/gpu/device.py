@@ -1,9 +1,8 @@
-"""What the harness asks of a device, in one place: CUDA's, or in dry mode the one that counts bytes on the CPU."""
+"""What the harness asks of a device, in one place: of CUDA's, or in dry mode of the one that counts bytes."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from engine.errors import HardwareError
 
-CUDA, COUNTED = "cuda", "counted"
+CUDA = "cuda"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,20 +22,15 @@ class Peaks:
 
 
 class Device:
-    """One device. `kind` is torch's name for it."""
+    """One device, by the names that torch's modules of devices have in common. `kind` is torch's name for it."""
+
+    is_card = False
+    block_bytes = 1
+    """What the allocator rounds a tensor up to."""
 
     def __init__(self, kind: str, module: Any) -> None:
         self.kind = kind
         self._module = module
-
-    @property
-    def is_card(self) -> bool:
-        return self.kind == CUDA
-
-    @property
-    def block_bytes(self) -> int:
-        """What the allocator rounds a tensor up to."""
-        return 512 if self.is_card else 1
 
     def synchronize(self) -> None:
         self._module.synchronize()
@@ -56,56 +50,70 @@ class Device:
     def reset_peaks(self) -> None:
         self._module.reset_peak_memory_stats()
 
-    def free_and_total_bytes(self) -> tuple[int, int]:
-        free, total = self._module.mem_get_info()
-        return int(free), int(total)
-
     def pinned_bytes(self) -> int | None:
         """Return the most host memory that was pinned, as the pinning allocator rounds it; None where nobody counts."""
-        if self.is_card:
-            told = self._module.host_memory_stats()
-            return int(told["allocated_bytes.peak"]) if "allocated_bytes.peak" in told else None if told else 0
-        stats = getattr(self._module, "stats", None)
-        return None if stats is None else stats().get("pinned_peak")
+        return None
 
     def stamp(self) -> Any:
-        """Return a moment on the device: an event of CUDA's, which costs no waiting, else the clock's time."""
-        if not self.is_card:
-            return time.perf_counter()
+        """Return a moment on the device. It costs no waiting."""
+        return time.perf_counter()
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Return the seconds between two stamps. The device must have passed both (`synchronize`)."""
+        return float(end - start)
+
+    @contextlib.contextmanager
+    def capped(self, most_bytes: int | None, card_bytes: int | None = None) -> Iterator[None]:
+        """Let the allocator hold no more than `most_bytes`, and a card look as if it had `card_bytes` in all."""
+        if most_bytes is None:
+            yield
+            return
+        self._cap(most_bytes)
+        try:
+            with contextlib.nullcontext() if card_bytes is None else self._looking_like(card_bytes):
+                yield
+        finally:
+            self._cap(None)
+
+    def _cap(self, most_bytes: int | None) -> None:
+        raise NotImplementedError
+
+    def _looking_like(self, card_bytes: int) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def description(self) -> dict[str, Any]:
+        """Return what torch says of the device and of itself."""
+        import torch
+
+        return {"device": self.kind, "torch": torch.__version__}
+
+
+class Cuda(Device):
+    """A card, by `torch.cuda`."""
+
+    is_card = True
+    block_bytes = 512
+
+    def pinned_bytes(self) -> int | None:
+        told = self._module.host_memory_stats()
+        return int(told["allocated_bytes.peak"]) if "allocated_bytes.peak" in told else None if told else 0
+
+    def stamp(self) -> Any:
         event = self._module.Event(enable_timing=True)
         event.record()
         return event
 
     def seconds(self, start: Any, end: Any) -> float:
-        """Return the seconds between two stamps. The device must have passed both (`synchronize`)."""
-        return float(start.elapsed_time(end)) / 1000 if self.is_card else float(end - start)
+        return float(start.elapsed_time(end)) / 1000
 
-    @contextlib.contextmanager
-    def capped(self, most_bytes: int | None, card_bytes: int | None = None) -> Iterator[None]:
-        """Let the allocator hold no more than `most_bytes`, and a card look as if it had `card_bytes` in all.
-
-        The first is PyTorch's own limit (`set_per_process_memory_fraction`). The second is for libraries that read a
-        card's size to decide what they keep on it.
-        """
-        if most_bytes is None:
-            yield
-            return
-        _, total = self.free_and_total_bytes()
-        if self.is_card:
-            self._module.set_per_process_memory_fraction(min(1.0, most_bytes / total))
-        else:
-            self._module.set_capacity(most_bytes)
-        try:
-            with self._looking_like(card_bytes) if self.is_card and card_bytes else contextlib.nullcontext():
-                yield
-        finally:
-            if self.is_card:
-                self._module.set_per_process_memory_fraction(1.0)
-            else:
-                self._module.set_capacity(None)
+    def _cap(self, most_bytes: int | None) -> None:
+        """PyTorch's own limit: the CUDA context does not count in it."""
+        _, total = self._module.mem_get_info()
+        self._module.set_per_process_memory_fraction(1.0 if most_bytes is None else min(1.0, most_bytes / total))
 
     @contextlib.contextmanager
     def _looking_like(self, card_bytes: int) -> Iterator[None]:
+        """For libraries that read a card's size to decide what they keep on it."""
         module = self._module
         real_info, real_properties = module.mem_get_info, module.get_device_properties
         before = real_info()[0]
@@ -123,21 +131,17 @@ class Device:
             module.mem_get_info, module.get_device_properties = real_info, real_properties
 
     def description(self) -> dict[str, Any]:
-        """Return what torch says of the device and of itself."""
         import torch
 
-        told: dict[str, Any] = {"device": self.kind, "torch": torch.__version__}
-        if self.is_card:
-            properties = self._module.get_device_properties(0)
-            told |= {
-                "name": properties.name,
-                "capability": f"{properties.major}.{properties.minor}",
-                "total_bytes": int(properties.total_memory),
-                "cuda": torch.version.cuda,
-                "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-                "allocator": self._module.get_allocator_backend(),
-            }
-        return told
+        properties = self._module.get_device_properties(0)
+        return super().description() | {
+            "name": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "total_bytes": int(properties.total_memory),
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+            "allocator": self._module.get_allocator_backend(),
+        }
 
 
 class _Smaller:
@@ -151,12 +155,27 @@ class _Smaller:
         return getattr(self._real, name)
 
 
+class Counted(Device):
+    """The device that counts bytes on the CPU; `operators` are its own, `torch.ops.counted`."""
+
+    def __init__(self, kind: str, module: Any, operators: Any, counts: Any) -> None:
+        super().__init__(kind, module)
+        self._operators = operators
+        self._counts = counts
+
+    def pinned_bytes(self) -> int | None:
+        return int(self._counts().pinned_peak_bytes)
+
+    def _cap(self, most_bytes: int | None) -> None:
+        self._operators.set_capacity(-1 if most_bytes is None else most_bytes)
+
+
 def opened(*, dry: bool) -> Device:
     """Return the device to measure on. Raises: HardwareError, when it is not there."""
     import torch
 
     if dry:
-        return Device(COUNTED, _counted())
+        return _counted()
     if not torch.cuda.is_available():
         raise HardwareError(
             "torch cannot use a card here",
@@ -164,19 +183,26 @@ def opened(*, dry: bool) -> Device:
             "install a torch built for CUDA on a machine with an NVIDIA driver, or try the harness with --dry",
         )
     torch.cuda.init()  # type: ignore[no-untyped-call]
-    return Device(CUDA, torch.cuda)
+    return Cuda(CUDA, torch.cuda)
 
 
-def _counted() -> Any:
+def _counted() -> Device:
     import torch
 
     try:
-        counted = importlib.import_module("truth.device")
+        from truth import device as counted
     except ImportError as error:
         raise HardwareError(
             "the device that counts bytes is not here",
             f"truth.device cannot be imported ({error}), and dry mode runs on it",
             "run from a checkout of the repository, or from a folder that `pack` wrote",
         ) from None
-    counted.load()
-    return torch.get_device_module(COUNTED)
+    try:
+        module = counted.load()
+    except (RuntimeError, OSError) as error:
+        raise HardwareError(
+            "the device that counts bytes cannot be built",
+            " ".join(str(error).split())[-300:],
+            "install a C++ compiler and ninja (pip install ninja)",
+        ) from None
+    return Counted(counted.NAME, module, torch.ops.counted, counted.counts)
