@@ -232,7 +232,7 @@ def points(found: Iterable[Run]) -> dict[str, list[Point]]:
             ("pinned", _point(name, said.host.pinned_bytes or None, run.measured["host"]["pinned_bytes"])),
             ("seconds", _point(name, said.seconds, run.seconds, span.low_seconds, span.high_seconds)),
         ):
-            if point is not None and not (run.is_counted and of in ("allocated", "reserved", "device")):
+            if point is not None and not (run.is_counted and of in ("allocated", "reserved", "device", "pinned")):
                 made.setdefault(of, []).append(point)
     return made
 

@@ -31,7 +31,7 @@ venv/bin/python -m bench.gpu report results.jsonl --write report.md
 
 The second goes on where it stopped, however it stopped; bring `results.jsonl` and `report.md` back.
 `venv/bin/python -m bench.gpu list` shows what there is to measure, the most informative first, and `run --help` the
-options; with `--dry` the same runs without a card, on a device that counts bytes (a C++ compiler is needed once).
+options; with `--dry` the same runs without a card, on a device that counts bytes (a C++ compiler and ninja are needed).
 `requirements.txt` has exact versions, since predictions are of them. Others' recipes are run too where their packages
 are: `venv/bin/pip install {others}`.
 """
