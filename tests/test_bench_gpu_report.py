@@ -76,6 +76,14 @@ def test_out_of_memory_is_counted_by_margin(runs: list[Run]) -> None:
     assert trial.full == (f"required/{SDXL}/float16/resident/+3.0%",)
 
 
+def test_a_later_call_that_ran_out_of_memory_is_told_apart() -> None:
+    one = measured(6.0, 2.5)
+    later = record(f"required/{SDXL}/float16/model/+3.0%", "oom", "full", measured=one | {"calls": one["calls"][:1]})
+    (trial,) = compare.trials(compare.runs([later]))
+    assert (trial.full, trial.full_later) == ((), (later["id"],))
+    assert f"0 of 1 ran out of memory, 1 in a later call: {later['id']} (a later call)." in report.page([later])
+
+
 def test_what_fits_a_card_is_what_was_seen_to(runs: list[Run]) -> None:
     resident = run_of(runs, "exact/SDXL/1024x1024/4steps/float16/resident")  # 9.5 GiB by NVML
     assert resident.fits(10 * GIB) and not resident.fits(9 * GIB)

@@ -312,7 +312,9 @@ class Trial:
     margin: float
     tried: int
     full: tuple[str, ...]
-    """Those that ran out of memory."""
+    """Those that ran out of memory, loading or in the first call, which is what is predicted."""
+    full_later: tuple[str, ...]
+    """Those whose first call ran, and a later one did not: the allocator's cache lies otherwise by then."""
     died: tuple[str, ...]
 
 
@@ -326,7 +328,8 @@ def trials(found: Iterable[Run]) -> list[Trial]:
         Trial(
             margin=margin,
             tried=len(of),
-            full=tuple(r.id for r in of if r.status == "oom"),
+            full=tuple(r.id for r in of if r.status == "oom" and not r.measured.get("calls")),
+            full_later=tuple(r.id for r in of if r.status == "oom" and r.measured.get("calls")),
             died=tuple(r.id for r in of if r.status not in ("oom", "measured")),
         )
         for margin, of in sorted(by.items())

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bench.gpu import compare
-from bench.gpu.compare import Point, Run
+from bench.gpu.compare import Point, Run, Trial
 from bench.gpu.journal import is_same
 from bench.gpu.recipes import RECIPES
 from engine.units import GIB, format_size
@@ -151,14 +151,14 @@ def _required(runs: list[Run]) -> list[str]:
         return []
     lines = ["### On a card of what is required", ""]
     for t in found:
-        lines.append(
-            f"- At required {t.margin:+.1%}: {len(t.full)} of {t.tried} ran out of memory" + _named(t.full, t.died)
-        )
+        later = f", {len(t.full_later)} in a later call" if t.full_later else ""
+        lines.append(f"- At required {t.margin:+.1%}: {len(t.full)} of {t.tried} ran out of memory{later}{_named(t)}")
     return [*lines, ""]
 
 
-def _named(full: Sequence[str], died: Sequence[str]) -> str:
-    told = [*full, *(f"{name} (it died)" for name in died)]
+def _named(trial: Trial) -> str:
+    told = [*trial.full, *(f"{name} (a later call)" for name in trial.full_later)]
+    told += [f"{name} (it died)" for name in trial.died]
     return f": {', '.join(told)}." if told else "."
 
 
