@@ -101,6 +101,19 @@ def test_a_case_is_measured_phase_by_phase_in_two_calls(counter: Counter) -> Non
     assert counter.caps == [GIB, -1]
 
 
+def test_a_phase_has_its_own_peak_and_comes_again_under_a_number() -> None:
+    counter = Counter()
+    watch = phases.Watch(counter.device(), sampling.Sampler())
+    watch.begin("start")
+    for kind, waits in (("denoise", 500), ("decode", 100), ("denoise", 50)):
+        watch.enter(kind)
+        watch.enter(kind)
+        counter.waits = waits
+    found = watch.end()
+    assert [p.name for p in found] == ["start", "denoise", "decode", "denoise.2"]
+    assert [p.allocated_bytes for p in found[1:]] == [501, 101, 51]
+
+
 def test_a_second_call_that_would_be_cut_off_is_not_begun(counter: Counter) -> None:
     assert len(cases.measure(order(limit_s=0.0)).measured["calls"]) == 1
 
