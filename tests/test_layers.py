@@ -102,6 +102,7 @@ LAYERS = [
     "engine.run.interrupt",
     "engine.run.device",
     "engine.run.lock",
+    "engine.run.stages",
     "engine.run.load",
     "engine.run.generate",
     "engine.run.output",

@@ -255,9 +255,10 @@ def test_staged_encoding_holds_the_encoders_first_and_then_the_rest() -> None:
     assert by_phase(toy, placements.StagedEncoding(toy)) == {
         "load": 100 + 4000,
         "encode": 100 + 4000 + 5 + 6,
-        # At its beginning the encoders are still there, with the activation of 5 that outlives them: 4105. Then the net
-        # and the VAE come: 3010 + 300 and at most 47 that it computes.
-        "denoise": max(4100 + 5, 3010 + 300 + 5 + 47),
+        # The encoders go, with the activation of 5 that outlives them and waits on the host; the net and the VAE come,
+        # and then what was encoded.
+        "load.2": max(4100, 3010 + 300 + 5),
+        "denoise": 3010 + 300 + 5 + 47,
         "decode": 3010 + 300 + 5 + 60,
     }
 
@@ -265,10 +266,11 @@ def test_staged_encoding_holds_the_encoders_first_and_then_the_rest() -> None:
 def test_staged_encoding_empties_the_cache_before_the_rest_comes() -> None:
     toy = trace(STAGED, *ENCODED, "=denoise", *STEP)
     made = stream.build(toy, placements.StagedEncoding(toy))
-    # Keys count from 1: the encoders' two weights (1, 2), what they computed (3, 4), then the rest.
-    assert made.events[:6] == [1, 2, 3, 4, -4, -1]
-    assert made.events[6:11] == [-2, 0, 5, 6, 7]
-    assert [made.sizes[k] for k in (1, 2, 5, 6, 7)] == [100, 4000, 1000, 2000, 10]
+    # Keys count from 1: the encoders' two weights (1, 2), what they computed (3, 4), then the rest (5 to 8), and again
+    # what was computed (3, now 9).
+    assert made.events[:5] == [1, 2, 3, 4, -4]
+    assert made.events[5:14] == [-3, -1, -2, 0, 5, 6, 7, 8, 9]
+    assert [made.sizes[k] for k in (1, 2, 5, 6, 7, 8, 9)] == [100, 4000, 1000, 2000, 10, 300, 5]
 
 
 @pytest.mark.parametrize(
@@ -287,7 +289,8 @@ def test_after_staged_encoding_the_rest_is_placed_as_it_would_be(rest: Any, deno
     small = component("text_encoder", module("text_encoder.a", 100))
     toy = trace([small, NET, VAE], *ENCODED[:6], "=denoise", *STEP, *STEP, *LAST)
     found = by_phase(toy, placements.StagedEncoding(toy, rest))
-    assert found == {"load": 100, "encode": 105, "denoise": denoise, "decode": decode}
+    loading = max(100, kept(rest(trace([NET, VAE], *STEP))) + 5)
+    assert found == {"load": 100, "encode": 105, "load.2": loading, "denoise": denoise, "decode": decode}
 
 
 def test_a_text_encoder_that_comes_after_a_picture_was_encoded_is_there_for_that_once() -> None:

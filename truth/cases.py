@@ -74,6 +74,14 @@ def every_placement(architectures: Iterator[str] | None = None) -> Iterator[Case
         yield Case(architecture=name, steps=(step,))
 
 
+def staged(architectures: Iterator[str] | None = None) -> Iterator[Case]:
+    """Yield every architecture with its text encoded first, the rest under some placements."""
+    for name, placement in itertools.product(
+        architectures or pipelines.ALL, ("resident", "model_offload", "leaf, streamed")
+    ):
+        yield Case(architecture=name, steps=(_step("staged_encoding"), PLACEMENTS[placement]))
+
+
 def random_cases(seed: int) -> Iterator[Case]:
     """Yield random cases without end: the same ones for the same seed. What a rule refuses is not among them."""
     draw = random.Random(seed)

@@ -47,7 +47,7 @@ class Compared:
 
 def compared(case: Case) -> Compared:
     """Return a case executed and predicted. Raises: as `executed`."""
-    return Compared(case=case, executed=executed(case)[0], predicted=predicted(case))
+    return Compared(case=case, executed=executed(case), predicted=predicted(case))
 
 
 def _differences(told: Seen, seen: Seen) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import gc
 from collections.abc import Callable, Iterator
@@ -11,45 +12,75 @@ from typing import Any
 import torch
 
 from engine import optimizers
+from engine.estimate.placements import is_text_encoder
 from engine.optimizers.spec import Context
+from engine.run import stages
 from truth import device
 from truth.cases import Case
 from truth.seen import Phase, Seen
 
+STAGED = "staged_encoding"
 _ENCODERS = ("text_encoder", "image_encoder", "prior")
 
 
-def placed(case: Case) -> tuple[Any, dict[str, Any]]:
-    """Return a case's pipeline with its steps applied on the counted device, each seen to hold; and its call.
-
-    Raises: IncompatibleError, for a step that cannot act on it; torch.OutOfMemoryError.
-    """
-    device.load()
-    pipe, call = case.made()
+def _apply(pipe: Any, case: Case) -> None:
     here = Context(device=device.NAME, dtype=case.dtype)
     for step in case.steps:
+        if step.name == STAGED:
+            continue
         optimizer = optimizers.get(step.name)
         optimizer.apply(pipe, step, here)
         optimizer.verify(pipe, step, here)
-    return pipe, call
 
 
-def executed(case: Case, calls: int = 1) -> list[Seen]:
-    """Return what each of some calls in a row held, by the same pipeline. Raises: as `placed`."""
+def executed(case: Case) -> Seen:
+    """Return what a case held, from before anything is placed to the end of its call.
+
+    Raises: IncompatibleError, for a step that cannot act on its pipeline; torch.OutOfMemoryError.
+    """
     device.load()
     gc.collect()
     before = device.counts().live_bytes
     device.reset_peak()
-    pipe, call = placed(case)
-    found: list[Seen] = []
-    for _ in range(calls):
-        if found:
-            gc.collect()
-            device.reset_peak()
-        with _watched(pipe, before) as watch, torch.no_grad():
+    pipe, call = case.made()
+    run = _run_in_stages if any(s.name == STAGED for s in case.steps) else _run
+    with torch.no_grad():
+        watch = run(case, pipe, call, before)
+    return Seen(phases=tuple(watch.phases), pinned_bytes=device.counts().pinned_bytes)
+
+
+def _run(case: Case, pipe: Any, call: dict[str, Any], before: int) -> _Watch:
+    _apply(pipe, case)
+    with _watched(_modules(pipe), before) as watch:
+        pipe(**call)
+    return watch
+
+
+def _run_in_stages(case: Case, pipe: Any, call: dict[str, Any], before: int) -> _Watch:
+    """The prompts are encoded while nothing else has weights; then the text encoders go, and the rest comes."""
+    modules = _modules(pipe)
+    encoders = {n: m for n, m in modules.items() if is_text_encoder(n)}
+    rest = {n: m for n, m in modules.items() if n not in encoders}
+    with _watched(modules, before) as watch:
+        for name, module in rest.items():
+            setattr(pipe, name, copy.deepcopy(module).to("meta"))
+        for module in encoders.values():
+            module.to(device.NAME)
+        encoded = stages.encode(pipe, call, device.NAME)
+        watch.enter("load")
+        for name, module in encoders.items():
+            module.to("meta")
+            setattr(pipe, name, None)
+        for name, module in rest.items():
+            setattr(pipe, name, module)
+        _apply(pipe, case)
+        with stages.given(pipe, encoded, device.NAME):
             pipe(**call)
-        found.append(Seen(phases=tuple(watch.phases), pinned_bytes=device.counts().pinned_bytes))
-    return found
+    return watch
+
+
+def _modules(pipe: Any) -> dict[str, torch.nn.Module]:
+    return {n: c for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
 
 
 class _Watch:
@@ -59,7 +90,7 @@ class _Watch:
         self.modules = modules
         self.before = before
         self.phases: list[Phase] = []
-        self.times: dict[str, int] = {}
+        self.times = {"load": 1}
         self.now = "load"
         self.resident: frozenset[str] = frozenset()
 
@@ -83,9 +114,8 @@ class _Watch:
 
 
 @contextlib.contextmanager
-def _watched(pipe: Any, before: int) -> Iterator[_Watch]:
+def _watched(modules: dict[str, torch.nn.Module], before: int) -> Iterator[_Watch]:
     """Watch a call: a phase begins with a component's forward, or with a VAE's `encode` or `decode`."""
-    modules = {n: c for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
     watch = _Watch(modules, before)
     handles, wrapped = [], []
     for name, module in modules.items():

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from engine.estimate.trace import Trace, TracedComponent, TracedModule, Weight
 
-LOAD, FETCH, DROP, STORE, EMPTY, WAIT = range(6)
+LOAD, FETCH, DROP, STORE, EMPTY, WAIT, STAGE = range(7)
 """
 LOAD   weights are copied to the device, and the host waits for it (from pageable memory)
 FETCH  the same on a stream of its own, from pinned memory, while the device computes; what is there is copied anew
@@ -22,6 +22,7 @@ DROP   weights are let go of; the host has kept its copy
 STORE  weights are copied back to the host and let go of
 EMPTY  the allocator's cache is emptied
 WAIT   the host waits for the stream of copies
+STAGE  one stage of a run is over; the next such move says that the following one has been loaded
 """
 
 
@@ -32,7 +33,7 @@ class Move(NamedTuple):
     slots: tuple[int, ...] = ()
 
 
-_EMPTY, _WAIT = Move(EMPTY), Move(WAIT)
+_EMPTY, _WAIT, _STAGE = Move(EMPTY), Move(WAIT), Move(STAGE)
 
 ITEM_BYTES = {"float8_e4m3fn": 1, "float8_e5m2": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -439,9 +440,11 @@ class StagedEncoding(Placement):
             return
         if not self.is_encoded:
             self.is_encoded = True
+            yield _STAGE
             yield Move(DROP, self.resident())
             yield _EMPTY
             yield Move(LOAD, self.rest.resident())
+            yield _STAGE
         if self.rest.acts_on(path):
             yield from self.rest.begin(path)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from engine.estimate.placements import DROP, EMPTY, FETCH, LOAD, STORE, Move, Placement
+from engine.estimate.placements import DROP, EMPTY, FETCH, LOAD, STAGE, STORE, Move, Placement
 from engine.estimate.trace import BEGIN, BORN, DIED, END, GONE, KIND_BITS, KIND_MASK, PHASE, STEP, WORK, Trace, Work
 
 CUDA_GRANULE_BYTES = 512
@@ -17,6 +17,8 @@ CUDA_GRANULE_BYTES = 512
 
 WEIGHT, ACTIVATION, WORKSPACE = range(3)
 LOADING = "load"
+NEXT_LOADING = "load.2"
+"""Between the stages of a run that is made in two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +59,10 @@ class Stream:
     """Where each phase begins: an index into `events`, and its name."""
     present: list[frozenset[int]] = field(default_factory=list)
     """The placement's slots that are on the device where each phase begins."""
+    interrupted: str = ""
+    """The phase that goes on when the next stage is loaded."""
+    waiting: list[int] = field(default_factory=list)
+    """Births that wait on the host meanwhile, by number."""
     step_ends: list[int] = field(default_factory=list)
     """Where each denoising step has ended: an index into `events`."""
     owners: dict[int, str] = field(default_factory=dict)
@@ -115,7 +121,10 @@ def build(trace: Trace, placement: Placement, takes: Callable[[Work], Taken] | N
         elif kind == BEGIN and acts[payload]:
             path = paths[payload]
             for move in placement.begin(path):
-                _moved(made, move, placement, weights, _component(path), replaced)
+                if move.verb == STAGE:
+                    _between_stages(made, frozenset(weights), born)
+                else:
+                    _moved(made, move, placement, weights, _component(path), replaced)
             for cast in placement.casts.get(path, ()):
                 wide = allocate(cast.computed_bytes, WEIGHT, _component(path))
                 events.append(-weights[cast.slot])
@@ -168,6 +177,33 @@ def _moved(
                 made.events.append(-weights.pop(slot))
     elif verb == EMPTY:
         made.events.append(0)
+
+
+def _between_stages(made: Stream, present: frozenset[int], born: list[int]) -> None:
+    """Let a phase of loading begin, or end, between what was before and the phase that a run is in.
+
+    A phase that has begun and held nothing yet begins after the loading; one that has is continued under its next name.
+    What was computed waits on the host meanwhile.
+    """
+    start, name = made.marks[-1]
+    if name == NEXT_LOADING:
+        for number in made.waiting:
+            born[number] = made.allocate(made.sizes[born[number]], ACTIVATION)
+        made.marks.append((len(made.events), made.interrupted))
+        made.present.append(present)
+        return
+    dead = {-key for key in made.events if key < 0}
+    made.waiting = [number for number, key in enumerate(born) if key not in dead]
+    at = len(made.events)
+    made.events += [-born[number] for number in made.waiting]
+    if start == at:
+        made.interrupted = name
+        made.marks[-1] = len(made.events), NEXT_LOADING
+    else:
+        kind, _, times = name.partition(".")
+        made.interrupted = f"{kind}.{int(times or 1) + 1}"
+        made.marks.append((len(made.events), NEXT_LOADING))
+        made.present.append(present)
 
 
 def peaks(stream: Stream, granule_bytes: int = CUDA_GRANULE_BYTES) -> tuple[PhasePeak, ...]:
