@@ -4,10 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint slow bench schemas model wheel clean help
+.PHONY: demo test lint slow bench bench-gpu bench-gpu-dry schemas model wheel clean help
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(STAMP) ## draw a picture with the embedded model: outputs/demo.png
 	$(BIN)/dg-run --auto --prompt "a red circle on a blue background" --seed 7 --output outputs/demo.png
@@ -32,6 +32,14 @@ lint: $(STAMP) ## ruff, mypy --strict, and whether generated files are fresh
 
 bench: $(STAMP) ## print how long planning takes
 	$(BIN)/python -m bench.startup
+
+bench-gpu: $(STAMP) ## measure on the NVIDIA card that is here, for an hour, into outputs/gpu.jsonl (docs/benchmarks.md)
+	$(BIN)/python -m bench.gpu run --minutes 60 --out outputs/gpu.jsonl
+	$(BIN)/python -m bench.gpu report outputs/gpu.jsonl --write outputs/gpu.md
+
+bench-gpu-dry: $(STAMP) ## the same without a card, on a device that counts bytes: it shows that the harness works
+	$(BIN)/python -m bench.gpu run --dry --minutes 15 --out outputs/gpu-dry.jsonl
+	$(BIN)/python -m bench.gpu report outputs/gpu-dry.jsonl --write outputs/gpu-dry.md
 
 schemas: $(STAMP) ## regenerate schema/profile.schema.json from the optimizers' specs
 	$(BIN)/python -m tools.make_schemas

@@ -19,7 +19,7 @@ from engine.estimate.trace import Alternative, Trace, TracedComponent, TracedMod
 from engine.facts import attention
 
 # Named as the phases that they are.
-_VAE_METHODS = ("encode", "decode")
+VAE_METHODS = ("encode", "decode")
 _ENCODERS = ("text_encoder", "image_encoder", "prior")
 
 
@@ -195,7 +195,7 @@ def marked(modules: dict[str, nn.Module], follower: Follower, ways: Sequence[str
                 begin = functools.partial(_begin, follower, phases if path == "" else None, full)
                 handles.append(module.register_forward_pre_hook(begin))
                 handles.append(module.register_forward_hook(functools.partial(_end, follower, full)))
-        for method in _VAE_METHODS:
+        for method in VAE_METHODS:
             if not is_encoder(name) and callable(getattr(component, method, None)):
                 setattr(component, method, _method(component, getattr(component, method), follower, phases, name, ways))
                 wrapped.append((component, method))

@@ -1,0 +1,96 @@
+"""A model's pipeline with random weights of its true shapes and dtypes: no hub, no file. Buffers are the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine.dryrun import build
+from engine.errors import ModelError
+from engine.facts.model import Model
+
+SCALE = 0.02
+"""Of the noise in matrices: a product of a thousand terms stays near its input, so that nothing overflows in half."""
+_POOL_ELEMENTS = 1 << 22
+"""Noise is made once and repeated: drawing it anew for 17 billion weights would take a host minutes."""
+
+
+def pipeline(model: Model, dtype: str, device: str) -> Any:
+    """Return the model's pipeline with its weights on `device`, allocated in the order that `pipe.to` allocates them.
+
+    Raises: ModelError, for a model that the installed libraries do not have.
+    """
+    from accelerate import init_empty_weights
+
+    pipe = build.pipeline(model, getattr(torch, dtype), partial(init_empty_weights, include_buffers=False))
+    filler = _Filler(device)
+    for name, part in pipe.components.items():
+        if isinstance(part, nn.Module):
+            filler.fill(name, part)
+    return pipe
+
+
+class _Filler:
+    """Puts weights in the places of those that are on meta; tied ones stay tied, across components too."""
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+        self._made: dict[int, nn.Parameter] = {}
+        self._kept: list[torch.Tensor] = []  # so that an id stays one tensor's
+        self._pools: dict[torch.dtype, torch.Tensor] = {}
+        self._generator = torch.Generator().manual_seed(0)
+
+    def fill(self, name: str, part: nn.Module) -> None:
+        for module in _children_first(part):
+            for key, weight in module._parameters.items():
+                if weight is not None:
+                    module._parameters[key] = self._weight(key, weight)
+            for key, buffer in module._buffers.items():
+                if buffer is None:
+                    continue
+                if buffer.is_meta:
+                    raise ModelError(
+                        f"{name}: the buffer {key} of {type(module).__name__} has no values",
+                        "its class makes it without a host",
+                        "leave this model out of the matrix",
+                    )
+                module._buffers[key] = buffer.to(self.device)
+
+    def _weight(self, key: str, weight: nn.Parameter) -> nn.Parameter:
+        made = self._made.get(id(weight))
+        if made is None:
+            self._kept.append(weight)
+            made = nn.Parameter(self._values(key, weight), requires_grad=weight.requires_grad)
+            self._made[id(weight)] = made
+        return made
+
+    def _values(self, key: str, like: torch.Tensor) -> torch.Tensor:
+        made = torch.empty_like(like, device=self.device)
+        if like.dim() < 2 or not like.is_floating_point():
+            # Scales of norms and their shifts.
+            return made.fill_(0 if "bias" in key or not like.is_floating_point() else 1)
+        if not made.is_contiguous():
+            return made.fill_(SCALE)
+        flat, pool = made.view(-1), self._pool(like.dtype)
+        for start in range(0, flat.numel(), pool.numel()):
+            piece = flat[start : start + pool.numel()]
+            piece.copy_(pool[: piece.numel()])
+        return made
+
+    def _pool(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return noise on the host: on the device it would count among what is loaded."""
+        if dtype not in self._pools:
+            noise = torch.randn(_POOL_ELEMENTS, generator=self._generator) * SCALE
+            self._pools[dtype] = noise.to(dtype)
+        return self._pools[dtype]
+
+
+def _children_first(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield modules in the order in which `module.to` moves them."""
+    for child in module.children():
+        yield from _children_first(child)
+    yield module
