@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint slow bench bench-gpu bench-gpu-dry schemas model wheel clean help
+.PHONY: demo test truth lint slow bench bench-gpu bench-gpu-dry schemas model wheel clean help
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -23,6 +23,9 @@ test: $(STAMP) ## run the tests (under 8 minutes on 2 cores)
 
 slow: $(STAMP) ## run the checks that build environments and draw hundreds of pictures
 	$(BIN)/python -m pytest -m slow
+
+truth: $(STAMP) ## execute 2,000 runs on the counted device and hold them against what is predicted (some 20 minutes)
+	$(BIN)/python -m truth --cases 2000
 
 lint: $(STAMP) ## ruff, mypy --strict, and whether generated files are fresh
 	$(BIN)/ruff format --check .

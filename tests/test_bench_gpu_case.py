@@ -268,7 +268,7 @@ def test_an_odd_convolution_is_passed_over_with_its_reason() -> None:
 
 
 def test_a_backend_that_does_not_run_says_why() -> None:
-    found = machine._attention(Counter().device(), Work("attention", "float32", (1, 2, 16, 16, 8, 1), 0))
+    found = machine._attention(Counter().device(), Work("attention", "float32", (1, 2, 16, 16, 8, 1), 0), None, None)
     assert set(found["backends"]) == {"default", "flash", "efficient", "cudnn", "math"}
     assert found["backends"]["math"]["seconds"] > 0
     assert found["backends"]["cudnn"]["because"]

@@ -51,8 +51,11 @@ def placement(steps: Sequence[Step]) -> str:
     return f"group_offload, {level}{', streamed' if step.params['use_stream'] else ''}"
 
 
-def summary(rows: Sequence[Row], ran: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what is written: `ran` says how the cases were chosen, and with which versions."""
+def summary(rows: Sequence[Row], staged: Sequence[Row], ran: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is written: `ran` says how the cases were chosen, and with which versions.
+
+    Runs in two stages are counted apart: their phases are not told apart alike.
+    """
 
     def group(key: str) -> dict[str, Any]:
         names = sorted({getattr(r, key) for r in rows})
@@ -61,6 +64,7 @@ def summary(rows: Sequence[Row], ran: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **ran,
         "all": _figures(rows),
+        "staged": _figures(staged),
         "by_architecture": group("architecture"),
         "by_placement": group("placement"),
         "different": [asdict(r) for r in sorted(rows, key=lambda r: (-abs(r.error), r.id)) if r.differences],

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.gpu.device import Device
 from bench.gpu.sampling import Sampler
-from engine import facts
+from engine import facts, gpus
 from engine.estimate import store, workspaces
 from engine.estimate.trace import Work
 from engine.plan import Plan
@@ -50,7 +50,10 @@ def measured(part: str, device: Device, sampler: Sampler, plan: Plan | None) -> 
     works = _works(plan)
     if part == "convolutions":
         return told | {"convolutions": [_convolution(device, w, _capability(plan)) for w in _largest_convs(works)]}
-    return told | {"attentions": [_attention(device, w) for w in _largest_attentions(works)]}
+    card = plan.card
+    units = None if card is None else gpus.multiprocessors(card)
+    found = [_attention(device, w, _capability(plan), units) for w in _largest_attentions(works)]
+    return told | {"attentions": found}
 
 
 def _context(device: Device, sampler: Sampler) -> Iterator[dict[str, Any]]:
@@ -177,11 +180,12 @@ def _convolution(device: Device, work: Work, capability: tuple[int, int] | None)
         return told | {"because": _line(error)}
 
 
-def _attention(device: Device, work: Work) -> dict[str, Any]:
+def _attention(device: Device, work: Work, capability: tuple[int, int] | None, units: int | None) -> dict[str, Any]:
     """Return, for each of torch's attention backends, whether it runs, how long it takes and what beside its output."""
     batch, heads, queries, keys, width, _ = work.dims
     dtype = getattr(torch, work.dtype)
-    found: dict[str, Any] = {"work": _plain(work), "predicted_bytes": workspaces.attention_bytes(work), "backends": {}}
+    predicted = None if capability is None else workspaces.attention_bytes(work, capability, units)
+    found: dict[str, Any] = {"work": _plain(work), "predicted_bytes": predicted, "backends": {}}
     query = torch.randn(batch, heads, queries, width, device=device.kind, dtype=dtype)
     key = torch.randn(batch, heads, keys, width, device=device.kind, dtype=dtype)
 
