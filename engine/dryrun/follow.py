@@ -21,7 +21,7 @@ from engine.dryrun.tensors import tensors_in
 from engine.estimate.trace import Builder, Work
 
 Held = Callable[[Any, tuple[Any, ...]], tuple[Sequence[int], Sequence[int]]]
-"""What an operator, with its arguments, holds while it computes: bytes of what is made before its results, and after."""
+"""What an operator holds while it computes, of its arguments: bytes of what is made before its results, and after."""
 
 
 class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
