@@ -25,8 +25,8 @@ from engine.estimate.trace import Builder, Work
 _TAKEN_APART = {torch.ops.aten._safe_softmax.default}
 _PARTS: Any = torch._C.DispatchKey.CompositeExplicitAutograd
 
-Held = Callable[[Any, tuple[Any, ...]], Sequence[int]]
-"""What an operator, with its arguments, holds while it computes: the bytes of each temporary."""
+Held = Callable[[Any, tuple[Any, ...]], tuple[Sequence[int], Sequence[int]]]
+"""What an operator holds while it computes, of its arguments: bytes of what is made before its results, and after."""
 
 
 class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -84,11 +84,11 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return func._op_dk(_PARTS, *args, **given)
         result = twins.call(func, args, given) if is_dry else func(*args, **given)
         outputs = [t for t in tensors_in((result,)) if t.device.type == self.device]
-        temporaries: list[int] = []
-        if self._held is not None and outputs:
-            temporaries += [self.builder.born(size) for size in self._held(func, args)]
+        before, after = self._held(func, args) if self._held is not None and outputs else ((), ())
+        temporaries = [self.builder.born(size) for size in before]
         for tensor in outputs:
             self._born(tensor)
+        temporaries += [self.builder.born(size) for size in after]
         if is_dry and (work := works.of(func, args, given, result, self.device)) is not None:
             self.builder.work(work)
         for number in reversed(temporaries):

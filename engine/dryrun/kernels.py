@@ -18,10 +18,18 @@ aten = torch.ops.aten
 _FLOAT_BYTES = 4
 
 
-def held(func: Any, args: tuple[Any, ...]) -> Sequence[int]:
+Held = tuple[Sequence[int], Sequence[int]]
+"""The bytes of each temporary: of those made before the results, and of those made after them."""
+_NOTHING: Held = (), ()
+
+
+def held(func: Any, args: tuple[Any, ...]) -> Held:
     """Return the bytes of each temporary of one operator."""
     rule = _RULES.get(id(func))
-    return () if rule is None else [n for n in rule(args) if n]
+    if rule is None:
+        return _NOTHING
+    before, after = rule(args)
+    return [n for n in before if n], [n for n in after if n]
 
 
 def _copied(tensor: Tensor, layout: torch.memory_format = torch.contiguous_format) -> int:
@@ -29,39 +37,39 @@ def _copied(tensor: Tensor, layout: torch.memory_format = torch.contiguous_forma
     return 0 if tensor.is_contiguous(memory_format=layout) else tensor.numel() * tensor.element_size()
 
 
-def _convolution(args: tuple[Any, ...]) -> list[int]:
+def _convolution(args: tuple[Any, ...]) -> Held:
     """Input and filters come in one layout: channels-last where either is so."""
     given, weight = args[:2]
     layout = torch.contiguous_format
     if torch.float64 not in (given.dtype, weight.dtype):
         formats = (suggest_memory_format(given), suggest_memory_format(weight))
         layout = next((f for f in formats if f is not torch.contiguous_format), layout)
-    return [_copied(given, layout), _copied(weight, layout)]
+    return [_copied(given, layout), _copied(weight, layout)], ()
 
 
-def _layer_norm(args: tuple[Any, ...]) -> list[int]:
-    return [_copied(args[0])]
+def _layer_norm(args: tuple[Any, ...]) -> Held:
+    return [_copied(args[0])], ()
 
 
-def _group_norm(args: tuple[Any, ...]) -> list[int]:
+def _group_norm(args: tuple[Any, ...]) -> Held:
     """A factor and a shift for each channel of each picture, float32; for half precision the moments in float32 too."""
     given, weight, bias, batch, channels, _, groups = args[:7]
     each = 0 if weight is None and bias is None else batch * channels * _FLOAT_BYTES
     moments = batch * groups * _FLOAT_BYTES if given.element_size() < _FLOAT_BYTES else 0
-    return [_copied(given), moments, moments, each, each]
+    return [_copied(given)], [moments, moments, each, each]
 
 
-def _upsample_nearest(args: tuple[Any, ...]) -> list[int]:
-    return [_copied(args[0], suggest_memory_format(args[0]))]
+def _upsample_nearest(args: tuple[Any, ...]) -> Held:
+    return (), [_copied(args[0], suggest_memory_format(args[0]))]
 
 
-def _isinf(args: tuple[Any, ...]) -> list[int]:
+def _isinf(args: tuple[Any, ...]) -> Held:
     """Whether the absolute value is infinite."""
     given = args[0]
-    return [given.numel() * given.element_size() if given.dtype.is_floating_point else 0]
+    return [given.numel() * given.element_size() if given.dtype.is_floating_point else 0], ()
 
 
-_BY_OPERATOR: dict[Any, Callable[[tuple[Any, ...]], list[int]]] = {
+_BY_OPERATOR: dict[Any, Callable[[tuple[Any, ...]], Held]] = {
     aten.convolution.default: _convolution,
     aten.native_layer_norm.default: _layer_norm,
     aten.native_group_norm.default: _group_norm,

@@ -129,8 +129,8 @@ def _cuda_rms_norm(input: Tensor, normalized_shape: Any, weight: Tensor | None =
     if weight is not None and weight.dtype != input.dtype:
         return NotImplemented
     rows = input.shape[: input.dim() - len(normalized_shape)]
-    per_row = torch.empty((*rows, *(1 for _ in normalized_shape)), dtype=torch.float32, device=input.device)
     out = torch.empty_like(input, memory_format=torch.contiguous_format)
+    per_row = torch.empty((*rows, *(1 for _ in normalized_shape)), dtype=torch.float32, device=input.device)
     follower = _get_current_dispatch_mode()
     if isinstance(follower, Follower):
         moved = 2 * input.numel() * input.element_size()
