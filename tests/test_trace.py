@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
+
+import torch
 
 from engine.dryrun import record
 from engine.estimate.trace import Builder, Trace, TracedComponent, TracedModule, Weight
@@ -68,7 +70,6 @@ def test_leaving_out_what_is_not_there_changes_nothing() -> None:
 
 def test_weights_are_moved_as_modules_move_them_children_first_and_tied_ones_once() -> None:
     """The order of `Module.to`, read off a module that notes it."""
-    torch = pytest.importorskip("torch")
 
     class Inner(torch.nn.Module):
         def __init__(self) -> None:
@@ -81,7 +82,13 @@ def test_weights_are_moved_as_modules_move_them_children_first_and_tied_ones_onc
     module = torch.nn.Sequential(Inner(), torch.nn.Sequential(Inner()), torch.nn.Linear(2, 2))
     module.register_buffer("table", torch.zeros(3))
     order: list[int] = []
-    module._apply(lambda t: order.append(t.data_ptr()) or t)
+
+    def noted(tensor: torch.Tensor) -> torch.Tensor:
+        order.append(tensor.data_ptr())
+        return tensor
+
+    applied: Any = module
+    applied._apply(noted)
     (component,) = record.components({"vae": module})
     at = {t.untyped_storage()._cdata: t.data_ptr() for t in (*module.parameters(), *module.buffers())}
     assert [at[w.storage] for w in component.moved()] == list(dict.fromkeys(order))

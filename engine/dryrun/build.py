@@ -81,7 +81,9 @@ def notes(pipe: Any) -> tuple[str, ...]:
     return tuple(getattr(pipe, _NOTES, ()))
 
 
-def _component(model: Model, name: str, part: Component, dtype: torch.dtype, weightless: Weightless) -> Any:
+def _component(
+    model: Model, name: str, part: Component, dtype: torch.dtype, weightless: Weightless = ALL_ON_META
+) -> Any:
     import diffusers
     import transformers
 
