@@ -98,6 +98,7 @@ LAYERS = [
     "engine.dryrun.stand_ins",
     "engine.dryrun.build",
     "engine.dryrun.inputs",
+    "engine.dryrun.phases",
     "engine.dryrun.record",
     "engine.dryrun.components",
     "engine.dryrun.run",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from engine import optimizers
+from engine.dryrun import phases
 from engine.estimate.placements import is_text_encoder
 from engine.optimizers.spec import Context
 from engine.run import stages
@@ -20,7 +20,6 @@ from truth.cases import Case
 from truth.seen import Phase, Seen
 
 STAGED = "staged_encoding"
-_ENCODERS = ("text_encoder", "image_encoder", "prior")
 
 
 def _apply(pipe: Any, case: Case) -> None:
@@ -90,17 +89,16 @@ class _Watch:
         self.modules = modules
         self.before = before
         self.phases: list[Phase] = []
-        self.times = {"load": 1}
+        self.names = phases.Names(loaded=True)
         self.now = "load"
         self.resident: frozenset[str] = frozenset()
 
     def enter(self, kind: str) -> None:
-        if kind == self.now.partition(".")[0]:
-            return
-        self.close()
-        self.times[kind] = self.times.get(kind, 0) + 1
-        self.now = kind if self.times[kind] == 1 else f"{kind}.{self.times[kind]}"
-        self.resident = frozenset(self._resident())
+        name = self.names.entered(kind)
+        if name is not None:
+            self.close()
+            self.now = name
+            self.resident = frozenset(self._resident())
 
     def close(self) -> None:
         peak = device.counts().peak_bytes - self.before
@@ -115,31 +113,8 @@ class _Watch:
 
 @contextlib.contextmanager
 def _watched(modules: dict[str, torch.nn.Module], before: int) -> Iterator[_Watch]:
-    """Watch a call: a phase begins with a component's forward, or with a VAE's `encode` or `decode`."""
+    """Watch a call, phase by phase."""
     watch = _Watch(modules, before)
-    handles, wrapped = [], []
-    for name, module in modules.items():
-        kind = "encode" if name.startswith(_ENCODERS) else "denoise"
-        handles.append(module.register_forward_pre_hook(lambda *_, kind=kind: watch.enter(kind)))
-        for method in () if name.startswith(_ENCODERS) else ("encode", "decode"):
-            real = getattr(module, method, None)
-            if callable(real):
-                setattr(module, method, _entering(watch, method, real))
-                wrapped.append((module, method))
-    try:
+    with phases.told(modules, watch.enter):
         yield watch
         watch.close()
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, method in wrapped:
-            delattr(module, method)
-
-
-def _entering(watch: _Watch, kind: str, real: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(real)
-    def call(*args: Any, **given: Any) -> Any:
-        watch.enter(kind)
-        return real(*args, **given)
-
-    return call

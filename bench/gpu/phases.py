@@ -14,7 +14,7 @@ from torch import nn
 
 from bench.gpu.device import Device
 from bench.gpu.sampling import Sampler
-from engine.dryrun.record import VAE_METHODS, is_encoder
+from engine.dryrun import phases
 
 BEFORE = "start"
 """What comes before the first component: arguments are checked, text is split into tokens."""
@@ -39,9 +39,8 @@ class Watch:
         self._device = device
         self._sampler = sampler
         self._done: list[Measured] = []
-        self._times: dict[str, int] = {}
+        self._names = phases.Names()
         self._begun: Any = None
-        self.kind = ""
         self.now = ""
         self.stamps: list[Any] = []
 
@@ -50,30 +49,26 @@ class Watch:
         self._device.synchronize()
         self._device.reset_peaks()
         self._sampler.taken()
-        self._times.clear()
-        self._enter(name)
+        self._names = phases.Names()
+        self.enter(name)
 
     def enter(self, kind: str) -> None:
         """Go into a phase; one that comes again gets a number. Staying in one is free of charge."""
-        if kind != self.kind:
+        name = self._names.entered(kind)
+        if name is not None:
             self._leave()
-            self._enter(kind)
+            self.now = name
+            self._begun = self._device.stamp()
 
     def end(self) -> tuple[Measured, ...]:
         """End the stretch, and return its phases."""
         self._leave()
         done, self._done = tuple(self._done), []
-        self.kind = self.now = ""
+        self.now = ""
         return done
 
-    def _enter(self, kind: str) -> None:
-        self.kind = kind
-        self._times[kind] = count = self._times.get(kind, 0) + 1
-        self.now = kind if count == 1 else f"{kind}.{count}"
-        self._begun = self._device.stamp()
-
     def _leave(self) -> None:
-        if not self.kind:
+        if not self.now:
             return
         end = self._device.stamp()
         self._device.synchronize()
@@ -103,42 +98,17 @@ class Watch:
 @contextlib.contextmanager
 def marked(pipe: Any, watch: Watch) -> Iterator[None]:
     """Let the pipeline's components mark phases, and its scheduler steps, while this is active."""
-    handles: list[Any] = []
-    wrapped: list[tuple[Any, str]] = []
-    for name, part in pipe.components.items():
-        if not isinstance(part, nn.Module):
-            continue
-        kind = "encode" if is_encoder(name) else "denoise"
-        handles.append(part.register_forward_pre_hook(functools.partial(_mark, watch, kind)))
-        for method in () if is_encoder(name) else VAE_METHODS:
-            real = getattr(part, method, None)
-            if callable(real):
-                setattr(part, method, _marking(real, watch, method))
-                wrapped.append((part, method))
+    modules = {n: c for n, c in pipe.components.items() if isinstance(c, nn.Module)}
     scheduler: Any = getattr(pipe, "scheduler", None)
-    if hasattr(scheduler, "step"):
+    steps = hasattr(scheduler, "step")
+    if steps:
         scheduler.step = types.MethodType(_stepping(scheduler, watch), scheduler)
-        wrapped.append((scheduler, "step"))
     try:
-        yield
+        with phases.told(modules, watch.enter):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
-        for owner, name in wrapped:
-            delattr(owner, name)
-
-
-def _mark(watch: Watch, kind: str, *_: Any) -> None:
-    watch.enter(kind)
-
-
-def _marking(real: Any, watch: Watch, kind: str) -> Any:
-    @functools.wraps(real)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        watch.enter(kind)
-        return real(*args, **kwargs)
-
-    return call
+        if steps:
+            del scheduler.step
 
 
 def _stepping(scheduler: Any, watch: Watch) -> Any:
@@ -154,6 +124,6 @@ def _stepping(scheduler: Any, watch: Watch) -> Any:
     return step
 
 
-def plain(phases: tuple[Measured, ...]) -> list[dict[str, Any]]:
+def plain(measured: tuple[Measured, ...]) -> list[dict[str, Any]]:
     """Return phases as a record keeps them."""
-    return [asdict(p) | {"seconds": round(p.seconds, 6)} for p in phases]
+    return [asdict(p) | {"seconds": round(p.seconds, 6)} for p in measured]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine.dryrun import record
+from engine.dryrun import phases, record
 from engine.dryrun.follow import Follower
 from engine.dryrun.operators import Target
 from engine.facts import attention
@@ -46,13 +46,13 @@ def trace_each(modules: dict[str, nn.Module], follower: Follower, request: Reque
 
 
 def _place(name: str) -> int:
-    return 0 if record.is_encoder(name) else 2 if name == "vae" else 1
+    return 0 if phases.is_encoder(name) else 2 if name == "vae" else 1
 
 
 def _call(name: str, module: nn.Module, request: Request, batch: int) -> None:
     if name == "vae":
         module.decode(_latents(module, request, batch))  # type: ignore[operator]
-    elif record.is_encoder(name):
+    elif phases.is_encoder(name):
         ids = torch.zeros(batch, _tokens(module), dtype=torch.long, device="meta")
         module(input_ids=ids)
     else:

@@ -6,22 +6,19 @@ import contextlib
 import functools
 import re
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from engine.dryrun import kernels
+from engine.dryrun import kernels, phases
 from engine.dryrun.follow import Follower, Held
 from engine.dryrun.operators import Target
 from engine.estimate.trace import Alternative, Trace, TracedComponent, TracedModule, Weight
 from engine.facts import attention
 
-# Named as the phases that they are.
-VAE_METHODS = ("encode", "decode")
-_ENCODERS = ("text_encoder", "image_encoder", "prior")
-
+Enter = Callable[[str], None]
 
 WAYS = {"tiled": ("tiling",), "sliced": ("slicing",), "sliced+tiled": ("slicing", "tiling")}
 """Other ways through a VAE, recorded beside the plain one: what is switched on in each."""
@@ -184,7 +181,13 @@ def _blocks(name: str, module: nn.Module) -> Iterator[tuple[str, ...]]:
 @contextlib.contextmanager
 def marked(modules: dict[str, nn.Module], follower: Follower, ways: Sequence[str] = ()) -> Iterator[None]:
     """Let every component, and every module that owns weights, mark its beginning and end while this is active."""
-    phases = _Phases(follower)
+    named = phases.Names()
+
+    def enter(kind: str) -> None:
+        name = named.entered(kind)
+        if name is not None:
+            follower.builder.phase(name)
+
     handles: list[Any] = []
     wrapped: list[tuple[nn.Module, str]] = []
     for name, component in modules.items():
@@ -192,12 +195,12 @@ def marked(modules: dict[str, nn.Module], follower: Follower, ways: Sequence[str
         for path, module in component.named_modules():
             full = f"{name}.{path}".rstrip(".")
             if path == "" or full in blocks or _owns_weights(module):
-                begin = functools.partial(_begin, follower, phases if path == "" else None, full)
+                begin = functools.partial(_begin, follower, enter if path == "" else None, full)
                 handles.append(module.register_forward_pre_hook(begin))
                 handles.append(module.register_forward_hook(functools.partial(_end, follower, full)))
-        for method in VAE_METHODS:
-            if not is_encoder(name) and callable(getattr(component, method, None)):
-                setattr(component, method, _method(component, getattr(component, method), follower, phases, name, ways))
+        for method in phases.VAE_METHODS:
+            if not phases.is_encoder(name) and callable(getattr(component, method, None)):
+                setattr(component, method, _method(component, getattr(component, method), follower, enter, name, ways))
                 wrapped.append((component, method))
     try:
         yield
@@ -212,13 +215,9 @@ def _owns_weights(module: nn.Module) -> bool:
     return any(w is not None for w in (*module._parameters.values(), *module._buffers.values()))
 
 
-def is_encoder(name: str) -> bool:
-    return name.startswith(_ENCODERS)
-
-
-def _begin(follower: Follower, phases: _Phases | None, path: str, *_: Any) -> None:
-    if phases is not None:
-        phases.enter("encode" if is_encoder(path) else "denoise")
+def _begin(follower: Follower, enter: Enter | None, path: str, *_: Any) -> None:
+    if enter is not None:
+        enter(phases.kind_of(path))
     follower.builder.begin(path)
 
 
@@ -226,9 +225,7 @@ def _end(follower: Follower, path: str, *_: Any) -> None:
     follower.builder.end(path)
 
 
-def _method(
-    component: nn.Module, real: Any, follower: Follower, phases: _Phases, name: str, ways: Sequence[str]
-) -> Any:
+def _method(component: nn.Module, real: Any, follower: Follower, enter: Enter, name: str, ways: Sequence[str]) -> Any:
     builder = follower.builder
 
     def once(args: Any, kwargs: Any) -> Any:
@@ -240,7 +237,7 @@ def _method(
 
     @functools.wraps(real)
     def call(*args: Any, **kwargs: Any) -> Any:
-        phases.enter(real.__name__)
+        enter(real.__name__)
         others = {}
         for way in ways:
             if all(hasattr(component, f"use_{s}") for s in WAYS[way]):
@@ -277,20 +274,3 @@ def _switched_on(component: nn.Module, switches: Sequence[str]) -> Iterator[None
         yield
     finally:
         vars(component).update(before)
-
-
-class _Phases:
-    """Names the stretch that a run is in; a phase that comes again gets a number."""
-
-    def __init__(self, follower: Follower) -> None:
-        self.follower = follower
-        self.now = ""
-        self.times: dict[str, int] = {}
-
-    def enter(self, phase: str) -> None:
-        if phase == self.now:
-            return
-        self.now = phase
-        self.times[phase] = self.times.get(phase, 0) + 1
-        count = self.times[phase]
-        self.follower.builder.phase(phase if count == 1 else f"{phase}.{count}")

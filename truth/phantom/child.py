@@ -52,8 +52,7 @@ def compared(case: Case) -> dict[str, Any]:
     """Return what was predicted of a case and what was executed, in bytes."""
     chosen = witness.steps(PLACEMENTS[case.placement], *((name, {}) for name in case.more))
     if case.kind == "tiny":
-        # Where the small pipelines lie is somebody else's to move.
-        home: Any = importlib.import_module("tests.tiny")
+        home: Any = importlib.import_module("truth.pipelines")
         made = [home.made(case.name) for _ in range(2)]
         for pipe, _ in made:
             witness.loaded_as(pipe, case.dtype)

@@ -6,7 +6,7 @@ Runs where the phantom device is loaded.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from engine import optimizers
-from engine.dryrun import build, inputs, record, run
+from engine.dryrun import build, inputs, phases, record, run
 from engine.estimate import allocator, stream, workspaces
 from engine.estimate.stream import Taken
 from engine.estimate.trace import Trace, Work
@@ -103,57 +103,33 @@ def executed(made: Made, chosen: Sequence[Step], dtype: str, answers: list[card.
         optimizer.apply(pipe, step, context)
         optimizer.verify(pipe, step, context)
     found = Peaks()
-    phases = _Phases(found)
-    _mark(pipe, phases)
+    watch = _Watch(found)
+    modules = {n: c for n, c in pipe.components.items() if isinstance(c, nn.Module)}
     card.tell(answers)
-    with torch.no_grad(), card.weights_keep_theirs():
+    with torch.no_grad(), card.weights_keep_theirs(), phases.told(modules, watch.enter):
         pipe(**call)
-    phases.enter("")
+    watch.close()
     return found
 
 
-class _Phases:
-    """Takes the peak of a phase where the next begins, as a dry run names them."""
+class _Watch:
+    """Takes the peak of a phase where the next begins."""
 
     def __init__(self, found: Peaks) -> None:
         self.found = found
-        self.now = self.name = stream.LOADING
-        self.times: dict[str, int] = {}
+        self.names = phases.Names()
+        self.now = stream.LOADING
 
-    def enter(self, phase: str) -> None:
-        if phase == self.now:
-            return
-        self.found.allocated[self.name] = torch.cuda.max_memory_allocated()
+    def enter(self, kind: str) -> None:
+        name = self.names.entered(kind)
+        if name is not None:
+            self.close()
+            self.now = name
+
+    def close(self) -> None:
+        self.found.allocated[self.now] = torch.cuda.max_memory_allocated()
         self.found.reserved_bytes = max(self.found.reserved_bytes, torch.cuda.max_memory_reserved())
         torch.cuda.reset_peak_memory_stats()
-        self.now = phase
-        count = self.times[phase] = self.times.get(phase, 0) + 1
-        self.name = phase if count == 1 else f"{phase}.{count}"
-
-
-def _mark(pipe: Any, phases: _Phases) -> None:
-    for name, component in pipe.components.items():
-        if not isinstance(component, nn.Module):
-            continue
-        phase = "encode" if record.is_encoder(name) else "denoise"
-        component.register_forward_pre_hook(functools.partial(_enter, phases, phase))
-        for method in ("encode", "decode"):
-            real = getattr(component, method, None)
-            if not record.is_encoder(name) and callable(real):
-                setattr(component, method, _wrapped(real, phases))
-
-
-def _enter(phases: _Phases, phase: str, *_: Any) -> None:
-    phases.enter(phase)
-
-
-def _wrapped(real: Callable[..., Any], phases: _Phases) -> Callable[..., Any]:
-    @functools.wraps(real)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        phases.enter(real.__name__)
-        return real(*args, **kwargs)
-
-    return call
 
 
 def catalogued(model: Model, request: Request, dtype: str) -> Made:
