@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -69,11 +69,14 @@ def situation(
     *,
     can_fuse_qkv: bool | None = None,
     can_slice_attention: bool | None = None,
+    widens_vae_in: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Return the facts that rules may ask for in `when`; None is not known."""
     params = {s.name: s.params for s in steps}
     compute = params.get("layerwise_casting", {}).get("compute")
     dtype = params.get("dtype", {"value": "float32"})["value"]
+    group = params.get("group_offload")
+    streams_leaves = group is not None and group["type"] == "leaf_level" and group["use_stream"]
     return {
         "device": device,
         "batch": batch,
@@ -81,6 +84,8 @@ def situation(
         "can_fuse_qkv": can_fuse_qkv,
         "can_slice_attention": can_slice_attention,
         "casting_computes_in_the_dtype": None if compute is None or dtype == "auto" else compute in ("auto", dtype),
+        "widens_a_streamed_vae": streams_leaves
+        and (None if widens_vae_in is None or dtype == "auto" else dtype in widens_vae_in),
     }
 
 

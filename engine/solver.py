@@ -215,6 +215,7 @@ def _findings(steps: Sequence[Step], situation: Situation) -> tuple[compat.Findi
         model.tiling_starts(request.height, request.width),
         can_fuse_qkv=model.can_fuse_qkv,
         can_slice_attention=model.can_slice_attention,
+        widens_vae_in=model.widens_vae_in,
     )
     return compat.findings(steps, facts)
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -14,7 +15,8 @@ import engine
 from engine import compat, documents, facts, optimizers, paths
 from engine.errors import IncompatibleError
 from engine.facts import catalogue
-from engine.values import Step
+from engine.facts.model import Component, Model
+from engine.values import FrozenDict, Step
 from tests.conftest import card, machine
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +37,7 @@ SITUATION = {
     "casting_computes_in_the_dtype": True,
     "can_fuse_qkv": True,
     "can_slice_attention": True,
+    "widens_a_streamed_vae": False,
 }
 
 
@@ -131,12 +134,88 @@ def test_fusing_comes_before_what_takes_the_weights_away() -> None:
 
 
 def test_casting_must_compute_in_the_dtype() -> None:
-    dtype = {"name": "dtype", "params": {"value": "float16"}}
+    half = dtype("float16")
     cast = {"name": "layerwise_casting", "params": {"compute": "bfloat16"}}
     with pytest.raises(IncompatibleError, match="layerwise_casting cannot be used here"):
-        engine.resolve(optimizers=[dtype, cast], hardware=machine(card()))
+        engine.resolve(optimizers=[half, cast], hardware=machine(card()))
     same = cast | {"params": {"compute": "float16"}}
-    assert engine.resolve(optimizers=[dtype, same], hardware=machine(card())).fits is not False
+    assert engine.resolve(optimizers=[half, same], hardware=machine(card())).fits is not False
+
+
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+STREAMED_LEAVES = {"name": "group_offload", "params": {}}
+OTHER_GROUPS = [
+    {"name": "group_offload", "params": {"use_stream": False}},
+    {"name": "group_offload", "params": {"type": "block_level"}},
+]
+
+
+def dtype(value: str) -> dict[str, Any]:
+    return {"name": "dtype", "params": {"value": value}}
+
+
+def test_a_vae_that_is_widened_is_not_streamed() -> None:
+    turing, listed = card(arch="7.5"), [dtype("float16"), STREAMED_LEAVES]
+    for value in ("float16", "auto"):
+        with pytest.raises(IncompatibleError, match="group_offload cannot be used here") as caught:
+            engine.resolve(SDXL, optimizers=[dtype(value), STREAMED_LEAVES], hardware=machine(turing))
+        error = caught.value
+        assert error.exit_code == 3
+        assert "streamed-leaves-stay-narrow" in error.why
+        assert "use_stream" in error.do
+    for other in OTHER_GROUPS:
+        assert engine.resolve(SDXL, optimizers=[dtype("float16"), other], hardware=machine(turing)).optimizers
+    for value in ("bfloat16", "float32"):
+        assert engine.resolve(SDXL, optimizers=[dtype(value), STREAMED_LEAVES], hardware=machine(turing)).optimizers
+    assert engine.resolve(None, optimizers=listed, hardware=machine(turing)).optimizers
+    assert engine.resolve(SDXL, optimizers=listed, hardware=machine()).optimizers  # nothing is streamed on the CPU
+
+
+def test_what_is_required_of_every_profile_is_rejected_with_the_rule() -> None:
+    plan = engine.resolve(SDXL, require=["group_offload"], hardware=machine(card(arch="7.5")))
+    assert plan.fits is False
+    assert {r.rule for r in plan.rejected if r.profile in ("low", "medium", "extreme-low")} == {
+        "streamed-leaves-stay-narrow"
+    }
+    assert engine.resolve(SDXL, require=["group_offload"], hardware=machine(card(arch="8.9"))).profile is not None
+
+
+def _of(pipeline: str, cls: str, config: dict[str, Any], name: str = "vae") -> Model:
+    part = Component(library="diffusers", cls=cls, config=FrozenDict(config))
+    return Model(id="any", source="directory", pipeline_class=pipeline, components=FrozenDict({name: part}))
+
+
+@pytest.mark.parametrize(
+    ("model", "precisions"),
+    [
+        (_of("StableDiffusionXLPipeline", "AutoencoderKL", {"force_upcast": True}), ("float16",)),
+        (
+            _of("StableDiffusionXLPipeline", "AutoencoderKL", {"latent_channels": 4}),
+            ("float16",),
+        ),  # as the class has it
+        (_of("StableDiffusionXLPipeline", "AutoencoderKL", {"force_upcast": False}), ()),
+        (_of("StableDiffusionXLPipeline", "AutoencoderKL", {}), None),
+        (_of("StableDiffusionXLPipeline", "AutoencoderTiny", {"force_upcast": True}), ()),
+        (_of("StableDiffusionXLPipeline", "AutoencoderKLOfTomorrow", {"latent_channels": 4}), None),
+        (_of("StableDiffusionXLImg2ImgPipeline", "AutoencoderKL", {"force_upcast": True}), ("bfloat16", "float16")),
+        (_of("StableDiffusionPipeline", "AutoencoderKL", {"force_upcast": True}), ()),
+        (_of("AmusedPipeline", "VQModel", {"force_upcast": True}, "vqvae"), ("float16",)),
+        (_of("AmusedPipeline", "VQModel", {"latent_channels": 4}, "vqvae"), ()),
+    ],
+)
+def test_whether_a_pipeline_widens_its_vae_is_known_before_a_run(
+    model: Model, precisions: tuple[str, ...] | None
+) -> None:
+    assert model.widens_vae_in == precisions
+
+
+def test_every_vae_of_the_catalogue_is_known() -> None:
+    found = {model.id: model.widens_vae_in for model in map(facts.find, catalogue.ids())}
+    assert None not in found.values()
+    assert {facts.find(i).pipeline_class for i, p in found.items() if p} == {
+        "AuraFlowPipeline",
+        "StableDiffusionXLPipeline",
+    }
 
 
 def test_the_rules_obey_their_schema_and_name_known_optimizers() -> None:

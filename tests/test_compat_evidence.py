@@ -5,9 +5,14 @@ The offload hooks run with the CPU as their device: the hooks, the errors and th
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import re
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -15,7 +20,7 @@ import torch
 from engine import facts, optimizers
 from engine.dryrun import build, run
 from engine.errors import IncompatibleError
-from engine.facts import attention, catalogue
+from engine.facts import attention, catalogue, widening
 from engine.facts.model import Model
 from engine.optimizers.spec import Context, denoisers
 from engine.values import FrozenDict, Request
@@ -235,10 +240,36 @@ def test_fused_attention_without_a_text_does_not_run() -> None:
 
 
 def test_only_some_unets_have_sliced_attention() -> None:
-    import diffusers
-
     for cls in attention.SLICES | attention.FUSES | attention.FUSES_NOT:
         assert hasattr(getattr(diffusers, cls), "set_attention_slice") is (cls in attention.SLICES), cls
+
+
+def _widened_in(source: str) -> str:
+    if re.search(r"^ +if self\.vae\.config\.force_upcast:", source, re.MULTILINE):
+        return "any"
+    is_asked = re.search(r"self\.\w+\.dtype == torch\.float16 and self\.\w+\.config\.force_upcast", source)
+    return "float16" if is_asked else "other"
+
+
+def test_the_pipelines_that_are_said_to_widen_their_vae_are_those_that_do() -> None:
+    """By their source, as there are too many to run; `tests/test_truth.py` runs some."""
+    found: dict[str, set[str]] = {"float16": set(), "any": set(), "other": set()}
+    for file in (Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py"):
+        text = file.read_text(encoding="utf-8")
+        if "force_upcast" not in text:
+            continue
+        for node in ast.parse(text).body:
+            source = "\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])
+            if isinstance(node, ast.ClassDef) and "force_upcast" in source:
+                found[_widened_in(source)].add(node.name)
+    assert found == {"float16": widening.IN_FLOAT16, "any": widening.IN_ANY_PRECISION, "other": set()}
+
+
+def test_what_a_vae_is_without_being_told_is_what_its_class_says() -> None:
+    for cls, value in widening._UNLESS_TOLD.items():
+        assert inspect.signature(getattr(diffusers, cls)).parameters["force_upcast"].default is value, cls
+    for cls in widening._NEVER:
+        assert "self.register_to_config(force_upcast=False)" in inspect.getsource(getattr(diffusers, cls)), cls
 
 
 def _decodes(pipe: Any, name: str, **more: Any) -> int:

@@ -27,6 +27,7 @@ LAYERS = [
     "engine.versions",
     "engine.calibration",
     "engine.facts.attention",
+    "engine.facts.widening",
     "engine.facts.model",
     "engine.facts.classes",
     "engine.facts.bounds",

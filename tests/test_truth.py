@@ -5,10 +5,17 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
+import torch
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline
 
-from truth import cases, compare, many, pipelines, results
+from engine import optimizers
+from engine.optimizers.spec import Context
+from engine.values import Step
+from truth import cases, compare, device, many, pipelines, results
 from truth.cases import Case
 from truth.results import Row
 
@@ -58,3 +65,48 @@ def test_a_run_fits_its_predicted_peak_and_does_not_fit_less() -> None:
     found = list(many.each(compare.bounded, RANDOM[:24], JOBS))
     assert [b.id for b in found if not b.with_room] == []
     assert [b.id for b in found if b.when_short] == []
+
+
+TILED = optimizers.spec("vae_tiling").step()
+PLACEMENTS: dict[str, tuple[Step, ...]] = {n: (s,) for n, s in cases.PLACEMENTS.items()}
+PLACEMENTS |= {f"{n}, tiled": (TILED, *PLACEMENTS[n]) for n in ("leaf", "leaf, streamed", "model_offload")}
+TAKES_A_PICTURE = {"img2img": StableDiffusionXLImg2ImgPipeline, "inpaint": StableDiffusionXLInpaintPipeline}
+
+
+def _drawn_with_a_vae_that_is_widened(name: str, dtype: str, steps: Sequence[Step]) -> None:
+    """Call a small SDXL whose VAE says `force_upcast`, as the real one's does."""
+    device.load()
+    pipe, call = pipelines.made("sdxl")
+    pipe.vae.register_to_config(force_upcast=True)
+    if name in TAKES_A_PICTURE:
+        given: dict[str, Any] = {"image": torch.zeros(1, 3, 64, 64), "strength": 0.5}
+        if name == "inpaint":
+            given["mask_image"] = torch.ones(1, 1, 64, 64)
+        pipe, call = TAKES_A_PICTURE[name](**pipe.components), {**call, **given, "num_inference_steps": 4}
+        pipe.set_progress_bar_config(disable=True)
+        if name == "img2img":
+            del call["height"], call["width"]
+    pipe.to(getattr(torch, dtype))
+    here = Context(device=device.NAME, dtype=dtype)
+    for step in steps:
+        optimizers.get(step.name).apply(pipe, step, here)
+        optimizers.get(step.name).verify(pipe, step, here)
+    pipe(**call)
+
+
+WIDENED = [
+    *itertools.product(["text"], sorted(PLACEMENTS)),
+    *itertools.product(TAKES_A_PICTURE, ["leaf", "leaf, streamed", "block, streamed"]),
+]
+
+
+@pytest.mark.parametrize(("name", "placed"), WIDENED)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_vae_that_is_widened_does_not_run_from_a_stream(name: str, dtype: str, placed: str) -> None:
+    """Its layers come from pinned copies, which stay as narrow as they were; under every other placement it runs."""
+    narrow = {"float16": "c10::Half", "bfloat16": "c10::BFloat16"}[dtype]
+    if placed.startswith("leaf, streamed") and (name in TAKES_A_PICTURE or dtype == "float16"):
+        with pytest.raises(RuntimeError, match=rf"Input type \(float\) and bias type \({narrow}\)"):
+            _drawn_with_a_vae_that_is_widened(name, dtype, PLACEMENTS[placed])
+    else:
+        _drawn_with_a_vae_that_is_widened(name, dtype, PLACEMENTS[placed])

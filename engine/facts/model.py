@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.facts import attention
+from engine.facts import attention, widening
 from engine.values import FrozenDict
 
 
@@ -121,6 +121,14 @@ class Model:
             for c in self._denoisers
         ]
         return True if True in found else None if None in found else False
+
+    @property
+    def widens_vae_in(self) -> tuple[str, ...] | None:
+        """The precisions in which the pipeline widens its VAE to float32 while it runs; None where it is not known."""
+        vae = next((self.components[n] for n in widening.VAES if n in self.components), None)
+        if vae is None:
+            return ()
+        return widening.precisions(self.pipeline_class, vae.cls, vae.config) if vae.library == "diffusers" else None
 
     def tiling_starts(self, height: int | None, width: int | None) -> bool | None:
         """Whether the VAE would decode this size in tiles, once tiling is on; None where it is not known.
