@@ -1,4 +1,5 @@
-# Two commands are enough on a fresh machine: `make demo` and `make test`. They need Python >= 3.11 and nothing else.
+# Two commands are enough on a fresh machine: `make demo` and `make test`. They need Python >= 3.11; a part of the tests
+# needs a C and C++ compiler as well.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -26,6 +26,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="keep the figures in truth/results/counted.json")
     options = parser.parse_args()
     start = time.perf_counter()
+    many.prepare()
     random_cases = itertools.islice(cases.random_cases(options.seed), options.cases)
     staged, listed = list(cases.staged()), [*cases.every_placement(), *random_cases]
     rows = []

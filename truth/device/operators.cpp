@@ -291,9 +291,10 @@ Tensor longer_mask(const Tensor& mask) {
 enum class Attention { kSteps, kFlash, kEfficient };
 
 Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, bool has_mask) {
-  if (q.dim() != 4 || q.size(1) != k.size(1) || q.size(3) != v.size(3)) return Attention::kSteps;
+  if (q.dim() != 4 || q.size(3) != v.size(3)) return Attention::kSteps;
   const bool is_half = q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16;
   if (is_half && !has_mask && q.size(3) <= 256) return Attention::kFlash;
+  if (q.size(1) != k.size(1)) return Attention::kSteps;  // only the flash kernel shares keys among heads
   return q.size(3) * static_cast<int64_t>(q.element_size()) % 16 == 0 ? Attention::kEfficient : Attention::kSteps;
 }
 
@@ -311,7 +312,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, SymInt, SymInt, Tensor, Tensor, Tenso
   Loan loan;
   std::optional<Tensor> lent;
   if (or_none(mask).defined()) lent = loan.lend(*mask);
-  const Tensor out = at::scaled_dot_product_attention(loan.lend(q), loan.lend(k), loan.lend(v), lent, 0.0, is_causal, scale);
+  const bool shares_keys = q.size(1) != k.size(1);
+  const Tensor out = at::scaled_dot_product_attention(
+      loan.lend(q), loan.lend(k), loan.lend(v), lent, 0.0, is_causal, scale, shares_keys);
   // Both kernels write [batch, queries, heads, width]. Flash keeps a log-sum-exp of every query, the other one only for
   // gradients; and flash wants widths of whole multiples of 8: others are padded before, and cut after.
   const bool is_flash = attention(q, k, v, lent.has_value()) == Attention::kFlash;
