@@ -84,6 +84,11 @@ def _counted(found: dict[str, Any]) -> dict[str, str]:
 def _phantom(records: Sequence[dict[str, Any]], cases: Sequence[Case]) -> dict[str, str]:
     ran = [c for c in cases if c.because is None]
     full = [c for c in ran if c.kind == "catalogue"]
+    different = [
+        f"- {c.name}, {c.how}, {c.card}: {_share(c.error)}, of reserved bytes {_share(c.reserved_error)}"
+        for c in ran
+        if c.kind != "catalogue" and not c.is_equal
+    ]
     failed = [f"- {c.name}, {c.how}: {c.because}" for c in cases if c.because is not None]
     rows = [
         (
@@ -105,6 +110,7 @@ def _phantom(records: Sequence[dict[str, Any]], cases: Sequence[Case]) -> dict[s
         "phantom_allocator": "\n\n".join(_allocator(r) for r in records if r["kind"] == "allocator"),
         "phantom_catalogue": executed.figures(full),
         "phantom_small": executed.figures([c for c in ran if c.kind != "catalogue"]),
+        "phantom_different": "\n".join(["Small pipelines that are not equal:", "", *different] if different else []),
         "phantom_table": _table(*columns, rows=rows, texts=2),
         "phantom_failed": "\n".join(["Not compared:", "", *failed] if failed else []),
     }
