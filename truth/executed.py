@@ -12,6 +12,7 @@ import torch
 
 from engine import optimizers
 from engine.dryrun import phases
+from engine.dryrun.record import no_collection
 from engine.estimate.placements import is_text_encoder
 from engine.optimizers.spec import Context
 from engine.run import stages
@@ -43,7 +44,7 @@ def executed(case: Case) -> Seen:
     device.reset_peak()
     pipe, call = case.made()
     run = _run_in_stages if any(s.name == STAGED for s in case.steps) else _run
-    with torch.no_grad():
+    with torch.no_grad(), no_collection():
         watch = run(case, pipe, call, before)
     return Seen(phases=tuple(watch.phases), pinned_bytes=device.counts().pinned_bytes)
 
