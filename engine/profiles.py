@@ -11,7 +11,7 @@ from engine.compat import findings, situation
 from engine.documents import Document, DocumentError, Problem
 from engine.errors import DgRunError, ProfileError
 from engine.units import parse_size
-from engine.values import Match, Profile, Step
+from engine.values import Match, Profile, Slot, Step
 from engine.words import did_you_mean
 
 BUILT_IN = "built-in"
@@ -73,7 +73,7 @@ def _profile(document: Document, source: str) -> Profile:
             free_vram_at_least_bytes=None if free_vram is None else _size(document, free_vram),
             pixels_at_least=match.get("pixels", {}).get("at_least"),
         ),
-        steps=steps,
+        slots=tuple(Slot(alternatives=((step,),)) for step in steps),
         source=source,
     )
 

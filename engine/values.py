@@ -149,23 +149,65 @@ def _shown(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Match:
-    """When a profile may be used: permission, never proof that it fits."""
+    """When a profile may be used: permission, never proof that it fits. Ranges are half-open."""
 
     device: str | None = None
     free_vram_at_least_bytes: int | None = None
+    free_vram_below_bytes: int | None = None
     pixels_at_least: int | None = None
+    pixels_below: int | None = None
+    gpus: tuple[str, ...] = ()
+    """Names of cards, in which `*` stands for anything; () is any card."""
+    pipelines: tuple[str, ...] = ()
+    """Classes of pipelines, in which `*` stands for anything; () is any pipeline."""
+
+
+Alternative = tuple[Step, ...]
+"""Steps that are applied together; () is nothing at all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slot:
+    """One place in a profile's list: what may stand there. A step that is always on is the only alternative."""
+
+    alternatives: tuple[Alternative, ...]
+
+    @property
+    def always(self) -> Alternative:
+        """The steps that are on whatever is chosen here."""
+        return self.alternatives[0] if len(self.alternatives) == 1 else ()
+
+    def __str__(self) -> str:
+        told = [" + ".join(map(str, a)) or "none" for a in self.alternatives]
+        return told[0] if len(told) == 1 else f"one of ({' | '.join(told)})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Profile:
-    """A profile as read from its file."""
+    """A profile as read from its file, with what it takes over from its parent: a small search space.
+
+    A parameter whose value is "auto" is open, where its optimizer says that it may be.
+    """
 
     name: str
     version: str
     summary: str
     match: Match
-    steps: tuple[Step, ...]
+    slots: tuple[Slot, ...]
     source: str
+    """"built-in", or the path of its file."""
+    prefer: str | None = None
+    """What it prefers when it is asked for by name; None is what the request prefers."""
+    extends: str | None = None
+    fallback: str | None = None
+    """The profile to go on with, when this one was asked for by name and cannot fit."""
+    overridden: tuple[str, ...] = ()
+    """What its parent says and it does not, a line each."""
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The first alternative everywhere: what the profile turns on where nothing speaks against it."""
+        return tuple(step for slot in self.slots for step in slot.alternatives[0])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
