@@ -26,13 +26,21 @@ SPEC = Spec(
             default="leaf_level",
             choices=("leaf_level", "block_level"),
             about="a group is one layer, or some transformer blocks",
+            opens=True,
         ),
-        Param(name="use_stream", kind="bool", default=True, about="copy the next group while this one computes"),
+        Param(
+            name="use_stream",
+            kind="bool",
+            default=True,
+            about="copy the next group while this one computes",
+            opens=True,
+        ),
         Param(
             name="blocks_per_group",
             kind="count",
             default=1,
             about="blocks in a group at block level; a stream takes one",
+            opens=True,
         ),
     ),
 )

@@ -24,19 +24,26 @@ class Param:
     default: Any
     about: str
     choices: tuple[str, ...] = ()
+    opens: bool = False
+    """Whether "auto" may stand for it in a profile: the solver then decides (`engine/solve/values.py`)."""
 
     def json_schema(self) -> dict[str, Any]:
         """Return the parameter as a JSON Schema."""
         base: dict[str, Any] = {"description": self.about, "default": self.default}
+        return base | ({"anyOf": [self._schema(), {"const": "auto"}]} if self.opens else self._schema())
+
+    def _schema(self) -> dict[str, Any]:
         match self.kind:
             case "word":
-                return base | {"enum": list(self.choices)}
+                return {"enum": list(self.choices)}
             case "bool":
-                return base | {"type": "boolean"}
-        return base | {"type": "integer", "minimum": 1, "maximum": 1024}
+                return {"type": "boolean"}
+        return {"type": "integer", "minimum": 1, "maximum": 1024}
 
     def checked(self, owner: str, value: Any) -> Any:
         """Return `value` if it is one this parameter can have. Raises: UsageError."""
+        if self.opens and value == "auto":
+            return value
         if self.kind == "word":
             if value in self.choices:
                 return value
