@@ -41,6 +41,14 @@ def find(name: str) -> Profile:
     )
 
 
+def visible() -> tuple[Profile, ...]:
+    return built_in()
+
+
+def chain(name: str) -> tuple[Profile, ...]:
+    return (find(name),)
+
+
 def load(path: Path, source: str) -> Profile:
     """Return the profile in a file. Raises: ProfileError, with file, line and column of every problem."""
     try:

@@ -146,6 +146,9 @@ class Model:
             return None
         return max(height, width) // scale > int(sample / scale)
 
+    def tiles(self, height: int | None, width: int | None) -> tuple[int, ...]:
+        return ()
+
 
 def nearest_sizes(size: int, multiple: int) -> tuple[int, ...]:
     """Return the good sizes around `size`, the lower and the upper."""
