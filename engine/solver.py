@@ -207,22 +207,22 @@ def _settle(steps: Sequence[Step], situation: Situation) -> tuple[Step, ...]:
 
 
 def _findings(steps: Sequence[Step], situation: Situation) -> tuple[compat.Finding, ...]:
-    request, model = situation.request, situation.model
-    facts = compat.situation(
-        steps,
-        situation.device,
-        request.batch,
-        model.tiling_starts(request.height, request.width),
-        can_fuse_qkv=model.can_fuse_qkv,
-        can_slice_attention=model.can_slice_attention,
-        widens_vae_in=model.widens_vae_in,
+    request, gpu = situation.request, situation.gpu
+    facts = compat.Facts(
+        device=situation.device,
+        compute_capability=None if gpu is None else gpu.compute_capability,
+        batch=request.batch,
+        height=request.height,
+        width=request.width,
+        model=situation.model,
+        libraries=compat.installed(),
     )
-    return compat.findings(steps, facts)
+    return compat.under(facts).findings(steps)
 
 
 def _acting(steps: Sequence[Step], found: Sequence[compat.Finding]) -> tuple[Step, ...]:
     """Return steps without those that do nothing here, and cost the picture nothing either."""
-    idle = {name for f in found if not f.breaks for name in f.subjects if not optimizers.spec(name).is_placement}
+    idle = {name for f in found if f.is_idle for name in f.subjects if not optimizers.spec(name).is_placement}
     return tuple(s for s in steps if s.name not in idle)
 
 
@@ -374,7 +374,7 @@ def _changes(profile: Profile, steps: Sequence[Step], request: Request) -> tuple
 
 def _notes(found: Sequence[compat.Finding], steps: Sequence[Step]) -> tuple[Note, ...]:
     quiet = [
-        Note(kind="no_effect", optimizer=name, because=f.rule.because)
+        Note(kind="no_effect" if f.is_idle else "degrades", optimizer=name, because=f.rule.because)
         for f in found
         if not f.breaks
         for name in f.subjects
