@@ -6,8 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from engine import documents, optimizers, paths, validation
-from engine.compat import findings, situation
+from engine import compat, documents, optimizers, paths, validation
 from engine.documents import Document, DocumentError, Problem
 from engine.errors import DgRunError, ProfileError
 from engine.units import parse_size
@@ -120,7 +119,8 @@ def _refuse_repeats(document: Document, steps: tuple[Step, ...]) -> None:
 def _refuse_broken_rules(document: Document, steps: tuple[Step, ...]) -> None:
     """A profile is judged by the rules that need no model and no machine."""
     names = [s.name for s in steps]
-    broken = [f for f in findings(steps, situation(steps, "any", 0, None)) if f.breaks]
+    facts = compat.Facts(libraries=compat.installed())
+    broken = [f for f in compat.under(facts).findings(steps) if f.breaks]
     if broken:
         problems = [
             Problem(

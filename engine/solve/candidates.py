@@ -79,7 +79,7 @@ class Rules:
     """The rules that can speak in one situation; what they said of a list is remembered."""
 
     def __init__(self, situation: Situation) -> None:
-        self._situation = situation
+        self._rules = compat.under(_facts(situation))
         self._said: dict[str, Judged] = {}
 
     def of(self, steps: Sequence[Step]) -> Judged:
@@ -91,24 +91,23 @@ class Rules:
         return found
 
     def _judged(self, steps: tuple[Step, ...], asked: str) -> Judged:
-        findings = _findings(steps, self._situation)
-        idle = {n for f in findings if f.rule.kind == "no_effect" for n in f.subjects}
+        findings = self._rules.findings(steps)
+        idle = {n for f in findings if f.is_idle for n in f.subjects}
         acting = tuple(s for s in steps if s.name not in idle or optimizers.spec(s.name).is_placement)
         return Judged(findings, acting, asked if acting == steps else "; ".join(map(str, acting)))
 
 
-def _findings(steps: Sequence[Step], situation: Situation) -> tuple[compat.Finding, ...]:
-    request, model = situation.request, situation.model
-    facts = compat.situation(
-        steps,
-        situation.device,
-        request.batch,
-        model.tiling_starts(request.height, request.width),
-        can_fuse_qkv=model.can_fuse_qkv,
-        can_slice_attention=model.can_slice_attention,
-        widens_vae_in=model.widens_vae_in,
+def _facts(situation: Situation) -> compat.Facts:
+    request, gpu = situation.request, situation.gpu
+    return compat.Facts(
+        device=situation.device,
+        compute_capability=None if gpu is None else gpu.compute_capability,
+        batch=request.batch,
+        height=request.height,
+        width=request.width,
+        model=situation.model,
+        libraries=compat.installed(),
     )
-    return compat.findings(steps, facts)
 
 
 def constrained(steps: Sequence[Step], request: Request) -> tuple[Step, ...]:

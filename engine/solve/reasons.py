@@ -102,7 +102,7 @@ def changes(own: Sequence[Step], now: Sequence[Step], request: Request) -> tuple
 def notes(found: Sequence[compat.Finding], steps: Sequence[Step]) -> tuple[Note, ...]:
     """Return what a person should know of the steps that are taken."""
     quiet = [
-        Note(kind=f.rule.kind, optimizer=name, because=f.rule.because)
+        Note(kind="no_effect" if f.is_idle else "degrades", optimizer=name, because=f.rule.because)
         for f in found
         if not f.breaks
         for name in f.subjects
