@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ def _problems(document: Document, schema: str) -> Iterator[Problem]:
         yield from _told(document, error)
 
 
-def _told(document: Document, error: ValidationError) -> Iterator[Problem]:
+def _told(document: Document, error: ValidationError, words: Sequence[str] = ()) -> Iterator[Problem]:
     path = list(error.absolute_path)
     here = document.place(path)
     keyword = str(error.validator)
@@ -75,9 +75,18 @@ def _told(document: Document, error: ValidationError) -> Iterator[Problem]:
     if keyword == "not" and (because := schema.get("$comment")):
         yield Problem(here, str(because))
         return
+    if keyword == "anyOf" and error.context:
+        # The first of them is the usual form; the others are words that may stand for it.
+        more = [w["const"] for w in wanted[1:] if "const" in w]
+        for usual in error.context:
+            if usual.schema_path[0] == 0:
+                yield from _told(document, usual, more)
+        return
     if keyword == "enum" and isinstance(value, str):
         yield Problem(
-            here, f"{value!r} is not known here", did_you_mean(value, [w for w in wanted if isinstance(w, str)])
+            here,
+            f"{value!r} is not known here",
+            did_you_mean(value, [*(w for w in wanted if isinstance(w, str)), *words]),
         )
         return
     say = _SAY.get(keyword)

@@ -98,6 +98,7 @@ LAYERS = [
     "engine.svg",
     "engine.chart",
     "engine.api",
+    "engine.scenarios",
     "engine.doctor",
     "engine.dryrun",
     "engine.dryrun.tokens",
