@@ -198,7 +198,7 @@ class Answers:
         self._new[name] = dataclasses.asdict(estimate)
 
     def save(self) -> None:
-        """Keep what is new, beside what others have kept meanwhile. Of threads and processes that save at once none loses."""
+        """Keep what is new, beside what others have kept meanwhile: of those that save at once none loses."""
         if not self._new:
             return
         with contextlib.suppress(OSError), _alone(self._path.parent):
