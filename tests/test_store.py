@@ -15,7 +15,7 @@ import pytest
 
 import engine
 from engine import facts
-from engine.estimate import store, tracefile
+from engine.estimate import dryrunner, store, tracefile
 from engine.estimate.trace import Builder, Trace, TracedModule
 from engine.facts.model import Model
 from engine.files import write
@@ -48,7 +48,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The dry runs that were made, of a model smaller than any."""
     runs: list[str] = []
 
-    class Runner:
+    class Runner(dryrunner.DryRunner):
         def trace(self, model: Model, request: Request, dtype: str, changes: Any = (), **more: Any) -> bytes:
             runs.append(dtype)
             return tracefile.dump(small())
