@@ -120,7 +120,7 @@ def resolve(
     if optimizers is not None:
         decision = solver.exact(situation, [arguments.step(s) for s in optimizers])
     else:
-        decision = solver.choose(situation, profiles.built_in() if profile is None else (profiles.find(profile),))
+        decision = solver.choose(situation, profiles.visible() if profile is None else (profiles.find(profile),))
     estimates.save()
     notes = decision.notes
     if guidance is not None and known.ignores_guidance:
