@@ -123,9 +123,9 @@ def _set(raw: Raw, placed: Placed, told: str, problems: list[Problem], changes: 
             problems.append(problem)
         return placed
     for key, value in step.params.items():
-        if value != was[key]:
+        if value != was.get(key):
             of = name if spec.scalar else f"{name}.{key}"
-            changes[f"{of} of {told}: {_shown(was[key])}; {_shown(value)} here"] = None
+            changes[f"{of} of {told}: {_shown(was.get(key))}; {_shown(value)} here"] = None
     return dataclasses.replace(placed, step=step, place=raw.place("set", name, key=True))
 
 
