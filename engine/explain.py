@@ -132,8 +132,8 @@ def _profile(plan: Plan) -> str:
 
 
 def _step(step: Step, notes: tuple[Note, ...]) -> str:
-    told = [n for n in notes if n.optimizer == step.name and n.kind in ("no_effect", "required", "undecided")]
-    labels = {"no_effect": "no effect", "required": "added", "undecided": "open"}
+    labels = {"no_effect": "no effect", "degrades": "at a price", "required": "added", "undecided": "open"}
+    told = [n for n in notes if n.optimizer == step.name and n.kind in labels]
     return f"{step}" + "".join(f"\n     {labels[n.kind]}: {n.because}" for n in told)
 
 

@@ -218,11 +218,11 @@ def test_fallbacks_that_go_round_are_refused(here: Path) -> None:
 def test_a_chain_of_fallbacks_is_given_in_its_order(here: Path) -> None:
     put(here / "profiles", "a", "fallback: b\noptimizers: [resident]\n")
     put(here / "profiles", "b", "fallback: low\noptimizers: [model_offload]\n")
-    assert [p.name for p in profiles.fallbacks(profiles.find("a"))] == ["b", "low"]
-    assert profiles.fallbacks(profiles.find("low")) == ()
+    assert [p.name for p in profiles.chain("a")] == ["a", "b", "low"]
+    assert [p.name for p in profiles.chain("low")] == ["low"]
     given = put(here / "elsewhere", "x", "fallback: y\noptimizers: [resident]\n")
     put(here / "elsewhere", "y", "fallback: a\noptimizers: [resident]\n")
-    assert [p.name for p in profiles.fallbacks(profiles.find(str(given)))] == ["y", "a", "b", "low"]
+    assert [p.name for p in profiles.chain(str(given))] == ["x", "y", "a", "b", "low"]
 
 
 def test_a_fallback_further_down_that_is_not_there_or_not_valid(here: Path) -> None:

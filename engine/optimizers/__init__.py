@@ -5,7 +5,7 @@ Nothing here imports torch until an optimizer is applied.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib import import_module
 from typing import cast
@@ -58,3 +58,17 @@ def in_order(steps: Iterable[Step]) -> tuple[Step, ...]:
 def placement(steps: Iterable[Step]) -> Step | None:
     """Return the first step that says where the weights are, if any does."""
     return next((s for s in steps if spec(s.name).is_placement), None)
+
+
+def holders(steps: Sequence[Step], components: Iterable[str]) -> dict[str, Step]:
+    """Return which placement holds each component: the one that names it, else the one that names none.
+
+    Where no placement is for the rest, the rest is resident.
+    """
+    found = [s for s in steps if spec(s.name).is_placement]
+    rest = next((s for s in found if s.params.get("components") is None), None) or _RESIDENT
+    named = {n: s for s in found for n in s.params.get("components") or ()}
+    return {n: named.get(n, rest) for n in components}
+
+
+_RESIDENT = Step(name="resident")

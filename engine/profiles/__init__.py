@@ -24,7 +24,7 @@ from engine.profiles.search import Entry, Search
 from engine.values import Profile
 from engine.words import did_you_mean
 
-__all__ = ["BUILT_IN", "Listed", "broken", "built_in", "fallbacks", "find", "listed", "load", "unreachable", "visible"]
+__all__ = ["BUILT_IN", "Listed", "broken", "built_in", "chain", "find", "listed", "load", "unreachable", "visible"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,19 +89,17 @@ def listed() -> tuple[Listed, ...]:
     return _listed(_state())
 
 
-def fallbacks(profile: Profile) -> tuple[Profile, ...]:
-    """Return the profiles to go on with, one after the other, when this one was asked for by name and cannot fit.
+def chain(name: str) -> tuple[Profile, ...]:
+    """Return a profile that is asked for by name or path, and those to go on with, in turn, when it cannot fit.
 
-    Raises: ProfileError, when its file has changed since, and is no longer valid.
+    Raises: ProfileError.
     """
-    if profile.fallback is None:
-        return ()
-    if profile.source == BUILT_IN or not is_path(profile.source):
-        made = _search()
-        entry = made.lookup(profile.name)
-    else:
-        made, entry = _given(Path(profile.source).expanduser(), profile.source)
-    return () if entry is None else tuple(made.profile(e) for e in made.fallbacks(entry))
+    first = find(name)
+    if first.fallback is None:
+        return (first,)
+    made, entry = _given(Path(name).expanduser(), name) if is_path(name) else (_search(), None)
+    entry = entry or made.lookup(name)
+    return (first,) if entry is None else (first, *(made.profile(e) for e in made.fallbacks(entry)))
 
 
 def unreachable(path: Path) -> tuple[tuple[int, int, str], ...]:

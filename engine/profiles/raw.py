@@ -166,10 +166,7 @@ class _Reader:
             return None
 
     def _slots(self, listed: list[Any]) -> tuple[Alternatives, ...]:
-        slots = tuple(self._slot(entry, ("optimizers", i)) for i, entry in enumerate(listed))
-        always = [p for alternatives in slots if len(alternatives) == 1 for p in alternatives[0]]
-        self._refuse_repeats(always, "listed twice")
-        return slots
+        return tuple(self._slot(entry, ("optimizers", i)) for i, entry in enumerate(listed))
 
     def _slot(self, entry: Any, path: tuple[str | int, ...]) -> Alternatives:
         choices = entry.get("one_of") if isinstance(entry, dict) and set(entry) == {"one_of"} else None
@@ -188,9 +185,7 @@ class _Reader:
             return ()
         entries = choice[:32] if isinstance(choice, list) else [choice]
         paths = [(*path, i) for i in range(len(entries))] if isinstance(choice, list) else [path]
-        found = tuple(p for e, at in zip(entries, paths, strict=True) if (p := self._step(e, at)))
-        self._refuse_repeats(found, "here twice")
-        return found
+        return tuple(p for e, at in zip(entries, paths, strict=True) if (p := self._step(e, at)))
 
     def _step(self, entry: Any, path: tuple[str | int, ...]) -> Placed | None:
         """Return a step, or None where the schema says what is wrong with it."""
@@ -211,13 +206,6 @@ class _Reader:
         within = (v for k, v in self.document.values.items() if k[: len(path)] == path)
         keys = (v for k, v in self.document.keys.items() if k[: len(path)] == path)
         return problem.place in (*within, *keys)
-
-    def _refuse_repeats(self, steps: Any, how: str) -> None:
-        seen = set()
-        for placed in steps:
-            if placed.step.name in seen:
-                self.problems.append(Problem(placed.place, f"{placed.step.name} is {how}", "keep one of them"))
-            seen.add(placed.step.name)
 
     def _edits(self, told: Mapping[str, Any]) -> None:
         edits, drops = told.get("set"), told.get("drop")

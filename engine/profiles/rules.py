@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from engine import compat
 from engine.documents import Place, Problem
@@ -16,9 +17,24 @@ from engine.words import listing
 MAX_COMBINATIONS = 4096
 
 
+@cache
+def _speaking() -> compat.Applicable:
+    return compat.under(compat.Facts(libraries=compat.installed()))
+
+
 def findings(steps: Sequence[Step]) -> tuple[compat.Finding, ...]:
     """Return the broken rules that need no model and no machine to be broken."""
-    return tuple(f for f in compat.findings(steps, compat.situation(steps, "any", 0, None)) if f.breaks)
+    return tuple(f for f in _speaking().findings(steps) if f.breaks)
+
+
+@cache
+def repeatable() -> frozenset[str]:
+    """Return the optimizers that may be listed more than once: a rule says when not."""
+    found = set()
+    for rule in compat.rules():
+        names = [s.optimizer for s in rule.subjects]
+        found |= {n for n in names if rule.kind == "excludes" and names.count(n) > 1}
+    return frozenset(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +84,13 @@ def _broken(taken: Sequence[Placed], otherwise: Place | None) -> Iterator[tuple[
     told."""
     names = [p.step.name for p in taken]
     for i, placed in enumerate(taken):
-        if placed.step.name in names[:i]:
+        if placed.step.name in names[:i] and placed.step.name not in repeatable():
             yield True, Problem(placed.place or otherwise, f"{placed.step.name} is listed twice", "keep one of them")
     for found in findings([p.step for p in taken]):
-        places = [p.place for p in taken if p.step.name == found.subjects[-1]]
+        subject = found.subjects[-1] if found.subjects else None
+        places = [p.place for p in taken if p.step.name == subject] or [None]
         what = f"{found.sentence}: {found.rule.because} (rule {found.rule.id})"
-        yield found.rule.kind != "before", Problem(places[0] or otherwise, what, found.rule.remedy)
+        yield found.rule.kind != "before", Problem(places[-1] or otherwise, what, found.rule.remedy)
 
 
 def _first_place(slot: Alternatives) -> Place | None:
