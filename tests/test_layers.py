@@ -104,6 +104,7 @@ LAYERS = [
     "engine.svg",
     "engine.chart",
     "engine.api",
+    "engine.advice",
     "engine.scenarios",
     "engine.doctor",
     "engine.dryrun",
