@@ -166,7 +166,7 @@ def test_a_vae_that_is_widened_is_not_streamed() -> None:
 
 
 def test_what_is_required_of_every_profile_is_rejected_with_the_rule() -> None:
-    wanted = ["group_offload", {"name": "dtype", "params": {"value": "float16"}}]
+    wanted: list[Any] = ["group_offload", {"name": "dtype", "params": {"value": "float16"}}]
     with pytest.raises(IncompatibleError, match="streamed-leaves-stay-narrow"):
         engine.resolve(SDXL, require=wanted, hardware=machine(card(arch="7.5")))
     # Where the dtype is open, the one that runs is taken.
