@@ -69,6 +69,7 @@ LAYERS = [
     "engine.profiles.rules",
     "engine.profiles.inherit",
     "engine.profiles.search",
+    "engine.profiles.changes",
     "engine.profiles",
     "engine.estimate",
     "engine.estimate.trace",

@@ -12,7 +12,6 @@ from engine import compat
 from engine.documents import Place, Problem
 from engine.profiles.raw import Alternatives, Placed
 from engine.values import Step
-from engine.words import listing
 
 MAX_COMBINATIONS = 4096
 
@@ -39,11 +38,10 @@ def repeatable() -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What is wrong with a list; and the alternatives that no combination allows, where the list is sound."""
+    """What is wrong with a list; and, where the list is sound, the alternatives that no combination allows."""
 
     problems: tuple[Problem, ...]
-    unreachable: tuple[tuple[int, int], ...] = ()
-    """(slot, alternative) of each."""
+    warnings: tuple[Problem, ...] = ()
 
 
 def judge(slots: Sequence[Alternatives], otherwise: Place | None) -> Judged:
@@ -71,7 +69,7 @@ def judge(slots: Sequence[Alternatives], otherwise: Place | None) -> Judged:
     if misplaced:
         return Judged(tuple(misplaced))
     every = {(i, j) for i, slot in enumerate(slots) for j in range(len(slot))}
-    return Judged((), tuple(sorted(every - reached)))
+    return Judged((), tuple(_unreachable(slots, where, otherwise) for where in sorted(every - reached)))
 
 
 def _none_is_left(combinations: int, place: Place | None) -> Iterator[Problem]:
@@ -99,8 +97,9 @@ def _first_place(slot: Alternatives) -> Place | None:
     return next((p.place for alternative in slot for p in alternative if p.place is not None), None)
 
 
-def told(slots: Sequence[Alternatives], where: tuple[int, int]) -> tuple[Place | None, str]:
-    """Return the place and the words of one alternative."""
+def _unreachable(slots: Sequence[Alternatives], where: tuple[int, int], otherwise: Place | None) -> Problem:
     alternative = slots[where[0]][where[1]]
     place = alternative[0].place if alternative else _first_place(slots[where[0]])
-    return place, listing([str(p.step) for p in alternative]) or "none"
+    words = " + ".join(str(p.step) for p in alternative) or "none"
+    what = f"the alternative {words} can never be taken: no combination with the other steps is allowed"
+    return Problem(place or otherwise, what, "leave it out, or change what it does not go with")

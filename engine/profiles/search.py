@@ -34,11 +34,11 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of an entry: a profile, or what is wrong; and alternatives that no combination allows."""
+    """What came of an entry: a profile, or what is wrong; and what is not wrong, and yet not meant."""
 
     made: Made | None
     problems: tuple[Problem, ...]
-    unreachable: tuple[tuple[int, int], ...] = ()
+    warnings: tuple[Problem, ...] = ()
 
 
 class Search:
@@ -126,16 +126,16 @@ class Search:
         if name is None:
             if raw.problems:
                 return Result(None, raw.problems)
-            made = inherit.alone(raw, entry.source)
+            made, edits = inherit.alone(raw, entry.source), inherit.Edits()
         else:
             parent, problem = self._parent(entry, name)
             if parent is None or raw.problems:
                 return Result(None, (*raw.problems, *([problem] if problem else [])))
-            made, problems = inherit.child(raw, entry.source, parent)
-            if problems:
-                return Result(None, problems)
+            made, edits = inherit.child(raw, entry.source, parent)
+            if edits.problems:
+                return Result(None, tuple(edits.problems))
         judged = rules.judge(made.slots, place)
-        return Result(None if judged.problems else made, judged.problems, judged.unreachable)
+        return Result(None if judged.problems else made, judged.problems, (*edits.warnings, *judged.warnings))
 
     def _parent(self, entry: Entry, name: str) -> tuple[Made | None, Problem | None]:
         place = entry.raw.place("extends")
