@@ -96,14 +96,53 @@ def resolve(
         prompts_known=prompts_known,
     )
     arguments.refuse_bad_sizes(request, known)
-    seen = cards.snapshot(request, hardware)
     listed = None if optimizers is None else tuple(map(arguments.step, optimizers))
+    notes = (_GUIDANCE_NOTE,) if guidance is not None and known.ignores_guidance else ()
+    return _solved(known, request, cards.snapshot(request, hardware), listed, chain, notes, told)
+
+
+def again(made: Plan, request: Request, hardware: Hardware, told: Callable[[str], None] | None = None) -> Plan:
+    """Return the plan for another request or machine than `made` is for, all else as it was. Raises: as `resolve`."""
+    chain = () if request.profile is None else profiles.chain(request.profile)
+    listed = made.optimizers if request.exact else None
+    return _solved(model_of(request), request, hardware, listed, chain, (), told)
+
+
+def least_free_vram(made: Plan) -> int:
+    """Return the free VRAM from which on a plan's profile may be used at all."""
+    return 0 if made.profile is None else _profile_of(made.profile).match.free_vram_at_least_bytes or 0
+
+
+def could_stay(made: Plan, told: Callable[[str], None] | None = None) -> bool:
+    """Return whether the weights alone leave room on a plan's card, in the dtype that it computes in."""
+    dtype = next((str(s.params["value"]) for s in made.optimizers if s.name == "dtype"), "float32")
+    estimates = Estimator(model_of(made.request), made.request, made.card, made.budget_bytes, told)
+    return made.budget_bytes is None or sum(estimates.sizes(dtype).values()) < made.budget_bytes
+
+
+def _profile_of(reference: ProfileRef) -> Profile:
+    return profiles.find(reference.name if reference.source == profiles.BUILT_IN else reference.source)
+
+
+def model_of(request: Request) -> Model:
+    """Return what is known of a request's model. Raises: ModelError."""
+    return _changed(facts.find(request.model, request.revision), request.components, request.pipeline_class)
+
+
+def _solved(
+    known: Model,
+    request: Request,
+    seen: Hardware,
+    listed: Sequence[Step] | None,
+    chain: Sequence[Profile],
+    notes: Sequence[Note],
+    told: Callable[[str], None] | None,
+) -> Plan:
     tried = [_Case(request, known, card, seen, told) for card in cards.candidates(request, seen)]
     for case in tried:
         case.decide(listed, chain)
     taken = tried[solve.better([c.decision for c in tried])]
-    told_of_guidance = (_GUIDANCE_NOTE,) if guidance is not None and known.ignores_guidance else ()
-    return taken.plan([c for c in tried if c is not taken], told_of_guidance)
+    return taken.plan([c for c in tried if c is not taken], notes)
 
 
 class _Case:
@@ -135,6 +174,7 @@ class _Case:
             budget_bytes=self.budget_bytes,
             host_budget_bytes=None if self.card is None else self.seen.host.ram_bytes,
             gpus=len(self.seen.gpus),
+            platform=self.seen.host.platform,
         )
         if listed is not None:
             self.decision = solve.exact(situation, listed)
@@ -207,7 +247,7 @@ def timeline(made: Plan, told: Callable[[str], None] | None = None) -> Timeline:
     if not made.optimizers:
         raise NothingFitsError("there is no timeline", "nothing fits, so there is no run", "list optimizers (--exact)")
     request = made.request
-    known = _changed(facts.find(request.model, request.revision), request.components, request.pipeline_class)
+    known = model_of(request)
     measured = calibration.find(made.card, made.hardware.driver).calibration if made.estimate.calibrated else None
     estimates = Estimator(known, request, made.card, made.budget_bytes, told, calibration=measured)
     found = estimates.timeline(made.optimizers)

@@ -56,6 +56,9 @@ def run(arguments: list[str]) -> int:
         **(options.exact(given) if given.exact else options.constraints(given)),
         told=_tell,
     )
+    from engine import advice
+
+    plan = advice.advise(plan, _tell)
     print(plan.to_json() if given.json else plan.explain(), flush=True)
     if given.timeline is not None:
         from engine import api, chart

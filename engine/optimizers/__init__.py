@@ -12,7 +12,7 @@ from typing import cast
 
 from engine.errors import UsageError
 from engine.optimizers.spec import Optimizer, Spec
-from engine.values import Step
+from engine.values import FrozenDict, Step
 from engine.words import did_you_mean
 
 _MODULES = (
@@ -58,6 +58,13 @@ def in_order(steps: Iterable[Step]) -> tuple[Step, ...]:
 def placement(steps: Iterable[Step]) -> Step | None:
     """Return the first step that says where the weights are, if any does."""
     return next((s for s in steps if spec(s.name).is_placement), None)
+
+
+def short(step: Step) -> str:
+    """Return a step for reading, without the parameters that have their usual value."""
+    usual = {p.name: p.default for p in spec(step.name).params}
+    given = {k: v for k, v in step.params.items() if k not in usual or v != usual[k]}
+    return str(Step(name=step.name, params=FrozenDict(given)))
 
 
 def holders(steps: Sequence[Step], components: Iterable[str]) -> dict[str, Step]:

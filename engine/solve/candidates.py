@@ -102,6 +102,9 @@ def _facts(situation: Situation) -> compat.Facts:
     return compat.Facts(
         device=situation.device,
         compute_capability=None if gpu is None else gpu.compute_capability,
+        platform=situation.platform,
+        gpus=situation.gpus,
+        prompts_known=request.prompts_known,
         batch=request.batch,
         height=request.height,
         width=request.width,

@@ -203,13 +203,13 @@ class _Search:
         if run.short is not None:
             short = run.short
             return judge.rejection(
-                owner.profile, owner.steps, short.rule, short.because, short.remedy, short_bytes=short.bytes
+                owner.profile, owner.acting, short.rule, short.because, short.remedy, short_bytes=short.bytes
             )
         remedy = f"--profile {owner.profile.name} takes it all the same"
         if best is None or (run.is_unknown and best.key is not None):
             because = "what it takes could not be estimated"
-            return judge.rejection(owner.profile, owner.steps, "estimate.unknown", because, remedy)
-        return judge.rejection(owner.profile, owner.steps, "preferred", self._passed_over(run, owner, best), remedy)
+            return judge.rejection(owner.profile, owner.acting, "estimate.unknown", because, remedy)
+        return judge.rejection(owner.profile, owner.acting, "preferred", self._passed_over(run, owner, best), remedy)
 
     def _passed_over(self, run: _Run, owner: Candidate, best: _Run) -> str:
         if run is best:

@@ -31,6 +31,7 @@ class Situation:
     budget_bytes: int | None = None
     host_budget_bytes: int | None = None
     gpus: int = 1
+    platform: str | None = None
 
     @property
     def device(self) -> str:
