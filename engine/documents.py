@@ -94,26 +94,28 @@ class DocumentError(Exception):
     def told(self, kind: type[DgRunError], what: str) -> DgRunError:
         """Return an error of `kind` that shows every problem with its file, line, column and the line itself."""
         lines = self.text.splitlines()
-        told = [self._shown(p, lines) for p in self.problems[:MAX_PROBLEMS]]
+        told = [shown_at(self.source, p, lines) for p in self.problems[:MAX_PROBLEMS]]
         if len(self.problems) > MAX_PROBLEMS:
             told.append(f"{self.source}: and {len(self.problems) - MAX_PROBLEMS} more")
         return kind(f"{self.source}: {what}", "\n       ".join(told), self._remedy())
 
-    def _shown(self, problem: Problem, lines: Sequence[str]) -> str:
-        what = problem.what if len(problem.what) <= MAX_WORDS else problem.what[: MAX_WORDS - 3] + "..."
-        if problem.place is None:
-            return f"{self.source}: {what}"
-        line = lines[problem.place.line - 1] if problem.place.line <= len(lines) else ""
-        told = f"{self.source}:{problem.place.line}:{problem.place.column}: {what}"
-        if not line.strip():
-            return told
-        # A line of a thousand columns helps nobody: show the stretch around the place.
-        start = max(0, problem.place.column - 60)
-        stretch = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line[start : start + 100])
-        return f"{told}\n         | {stretch}\n         | {' ' * (problem.place.column - 1 - start)}^"
-
     def _remedy(self) -> str:
         return "; ".join(dict.fromkeys(p.do for p in self.problems[:MAX_PROBLEMS] if p.do))
+
+
+def shown_at(source: str, problem: Problem, lines: Sequence[str], kind: str = "") -> str:
+    """Return a problem with its file, line and column, and below it the line itself with a mark."""
+    what = kind + (problem.what if len(problem.what) <= MAX_WORDS else problem.what[: MAX_WORDS - 3] + "...")
+    if problem.place is None:
+        return f"{source}: {what}"
+    line = lines[problem.place.line - 1] if problem.place.line <= len(lines) else ""
+    told = f"{source}:{problem.place.line}:{problem.place.column}: {what}"
+    if not line.strip():
+        return told
+    # A line of a thousand columns helps nobody: show the stretch around the place.
+    start = max(0, problem.place.column - 60)
+    stretch = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line[start : start + 100])
+    return f"{told}\n         | {stretch}\n         | {' ' * (problem.place.column - 1 - start)}^"
 
 
 def read_text(path: Path) -> str:

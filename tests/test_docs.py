@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from engine import optimizers, profiles
+from engine.cli import profiles as profiles_command
 from engine.cli.options import COMMANDS, Parser
 from engine.errors import ProfileError
 from tests.conftest import write
@@ -28,6 +29,8 @@ def _blocks(kind: str) -> Iterator[tuple[str, str]]:
 
 def _parser(words: list[str]) -> tuple[Parser, list[str]]:
     name = words.pop(0) if words and words[0] in COMMANDS else "generate"
+    if name == "profiles":
+        return profiles_command.parser(words.pop(0)), words
     made: Parser = import_module(f"engine.cli.{name}").parser()
     return made, words
 
@@ -65,8 +68,10 @@ def test_python_in_the_documentation_compiles(page: str, text: str) -> None:
 
 def test_every_option_is_in_the_reference() -> None:
     text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
-    for name in ("generate", *COMMANDS):
-        for action in import_module(f"engine.cli.{name}").parser()._actions:
+    parsers = [import_module(f"engine.cli.{name}").parser() for name in ("generate", *COMMANDS)]
+    parsers += [profiles_command.parser(action) for action in profiles_command.ACTIONS]
+    for made in parsers:
+        for action in made._actions:
             for option in action.option_strings:
                 if option.startswith("--") and option not in ("--help", "--version"):
                     assert f"`{option}" in text or f" {option}" in text, option

@@ -52,7 +52,8 @@ class Search:
         self.given: Entry | None = None
         if given is not None:
             self._listed = [(p, f) for p, f in self._listed if not _is_in(given, f)]
-            self._listed.insert(0, (Place(Path(given.path).parent), ()))
+            folder = Path(given.path).parent
+            self._listed.insert(0, (Place(folder, str(folder)), ()))
             self.given = Entry(read(given), given.path, 0)
 
     @cached_property
@@ -216,7 +217,7 @@ def _entries(place: Place, files: Sequence[Found], shelf: int) -> Iterator[Entry
             problem = Problem(None, f"it cannot be read: {refused.strerror or refused}")
             empty = Document(found.path, "", None, {}, {})
             raw = Raw(path=found.path, document=empty, problems=(problem,), name=Path(found.path).stem)
-        yield Entry(raw, place.label or found.path, shelf)
+        yield Entry(raw, place.source(found.path), shelf)
 
 
 def _is_in(given: Found, files: Sequence[Found]) -> bool:
