@@ -10,11 +10,12 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
-from engine import optimizers, profiles
+from engine import optimizers, profiles, scenarios
 from engine.cli import profiles as profiles_command
 from engine.cli.options import COMMANDS, Parser
-from engine.errors import ProfileError
+from engine.errors import DgRunError
 from tests.conftest import write
 
 ROOT = Path(__file__).parents[1]
@@ -54,10 +55,16 @@ def test_there_are_commands_in_the_documentation() -> None:
 
 
 @pytest.mark.parametrize(("page", "text"), list(_blocks("yaml")))
-def test_a_profile_in_the_documentation_is_valid(page: str, text: str, tmp_path: Path) -> None:
+def test_a_profile_or_scenario_in_the_documentation_is_valid(page: str, text: str, tmp_path: Path) -> None:
+    path = write(tmp_path, "example.yaml", text)
     try:
-        profiles.load(write(tmp_path, "example.yaml", text), page)
-    except ProfileError as error:
+        if "dg-run/profile@" in text:
+            profiles.load(path, page)
+        elif text.startswith("why:"):
+            scenarios.load(path)
+        else:
+            yaml.safe_load(text)  # for another program: pre-commit, or a CI
+    except DgRunError as error:
         pytest.fail(str(error))
 
 
