@@ -123,7 +123,7 @@ class Search:
     def _make(self, entry: Entry) -> Result:
         raw = entry.raw
         name = raw.values.get("extends")
-        place = raw.place("extends")
+        place = raw.place("optimizers", key=True) if name is None else raw.place("extends")
         if name is None:
             if raw.problems:
                 return Result(None, raw.problems)
