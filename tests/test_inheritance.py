@@ -251,25 +251,33 @@ def test_a_tower_of_ancestors_is_bounded(here: Path) -> None:
 
 
 def test_the_order_of_the_search(here: Path, tmp_path: Path) -> None:
-    folders = [
-        here / "profiles",
-        here.parent / ".dg-run" / "profiles",
-        tmp_path / "config" / "profiles",
-    ]
+    folders = {
+        "profiles/low.yaml": here / "profiles",
+        str(here.parent / ".dg-run" / "profiles" / "low.yaml"): here.parent / ".dg-run" / "profiles",
+        str(tmp_path / "config" / "profiles" / "low.yaml"): tmp_path / "config" / "profiles",
+    }
     above = tmp_path / ".dg-run" / "profiles"  # further up than the project's own: not looked into
-    for folder in (*folders, above):
+    for folder in (*folders.values(), above):
         put(folder, "low", "optimizers: [resident]\n")
     put(above, "above", "optimizers: [resident]\n")
-    for i, folder in enumerate(folders):
-        assert profiles.find("low").source == str(folder / "low.yaml")
+    sources = [*folders, "built-in"]
+    for i, source in enumerate(folders):
+        assert profiles.find("low").source == source
         found = {f.source: f for f in profiles.listed() if f.name == "low"}
-        later = [str(f / "low.yaml") for f in folders[i + 1 :]]
-        assert found[str(folder / "low.yaml")].shadows == (*later, "built-in")
-        assert found["built-in"].shadowed_by == str(folder / "low.yaml")
-        assert [p.source for p in profiles.visible() if p.name == "low"] == [str(folder / "low.yaml")]
+        assert found[source].shadows == tuple(sources[i + 1 :])
+        assert found["built-in"].shadowed_by == source
+        assert [p.source for p in profiles.visible() if p.name == "low"] == [source]
         assert "above" not in [p.name for p in profiles.visible()]
-        (folder / "low.yaml").unlink()
+        (folders[source] / "low.yaml").unlink()
     assert profiles.find("low").source == "built-in"
+
+
+def test_a_source_below_home_does_not_name_its_owner(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    put(tmp_path / "config" / "profiles", "mine", "optimizers: [resident]\n")
+    assert profiles.find("mine").source == "~/config/profiles/mine.yaml"
 
 
 def test_what_is_visible_has_a_fixed_order(here: Path) -> None:
@@ -361,7 +369,7 @@ def test_the_users_folder(here: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv(variable, str(tmp_path))
     folder = tmp_path / "dg-run" if variable == "XDG_CONFIG_HOME" else tmp_path / ".config" / "dg-run"
     put(folder / "profiles", "mine", "optimizers: [resident]\n")
-    assert profiles.find("mine").source == str(folder / "profiles" / "mine.yaml")
+    assert Path(profiles.find("mine").source).expanduser() == folder / "profiles" / "mine.yaml"
 
 
 # What it costs.

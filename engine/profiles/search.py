@@ -34,11 +34,11 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of an entry: a profile, or what is wrong; and alternatives that no combination allows."""
+    """What came of an entry: a profile, or what is wrong; and what is not wrong, and yet not meant."""
 
     made: Made | None
     problems: tuple[Problem, ...]
-    unreachable: tuple[tuple[int, int], ...] = ()
+    warnings: tuple[Problem, ...] = ()
 
 
 class Search:
@@ -52,7 +52,8 @@ class Search:
         self.given: Entry | None = None
         if given is not None:
             self._listed = [(p, f) for p, f in self._listed if not _is_in(given, f)]
-            self._listed.insert(0, (Place(Path(given.path).parent), ()))
+            folder = Path(given.path).parent
+            self._listed.insert(0, (Place(folder, str(folder)), ()))
             self.given = Entry(read(given), given.path, 0)
 
     @cached_property
@@ -126,20 +127,20 @@ class Search:
     def _make(self, entry: Entry) -> Result:
         raw = entry.raw
         name = raw.values.get("extends")
-        place = raw.place("extends")
+        place = raw.place("optimizers", key=True) if name is None else raw.place("extends")
         if name is None:
             if raw.problems:
                 return Result(None, raw.problems)
-            made = inherit.alone(raw, entry.source)
+            made, edits = inherit.alone(raw, entry.source), inherit.Edits()
         else:
             parent, problem = self._parent(entry, name)
             if parent is None or raw.problems:
                 return Result(None, (*raw.problems, *([problem] if problem else [])))
-            made, problems = inherit.child(raw, entry.source, parent)
-            if problems:
-                return Result(None, problems)
+            made, edits = inherit.child(raw, entry.source, parent)
+            if edits.problems:
+                return Result(None, tuple(edits.problems))
         judged = rules.judge(made.slots, place)
-        return Result(None if judged.problems else made, judged.problems, judged.unreachable)
+        return Result(None if judged.problems else made, judged.problems, (*edits.warnings, *judged.warnings))
 
     def _parent(self, entry: Entry, name: str) -> tuple[Made | None, Problem | None]:
         place = entry.raw.place("extends")
@@ -221,7 +222,7 @@ def _entries(place: Place, files: Sequence[Found], shelf: int) -> Iterator[Entry
             problem = Problem(None, f"it cannot be read: {refused.strerror or refused}")
             empty = Document(found.path, "", None, {}, {})
             raw = Raw(path=found.path, document=empty, problems=(problem,), name=Path(found.path).stem)
-        yield Entry(raw, place.label or found.path, shelf)
+        yield Entry(raw, place.source(found.path), shelf)
 
 
 def _is_in(given: Found, files: Sequence[Found]) -> bool:
