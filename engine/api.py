@@ -72,10 +72,11 @@ def resolve(
     if optimizers is not None and profile is not None:
         raise UsageError("a profile and an exact list of optimizers were given", do="give one of them")
     known = _changed(_model(model), components or {}, pipeline_class)
+    sizes = {"height": height, "width": width, "frames": frames, "steps": steps, "guidance": guidance}
     request = _request(
         known,
         optimizers is not None,
-        {"height": height, "width": width, "frames": frames, "steps": steps, "guidance": guidance},
+        sizes,
         batch=arguments.count("batch", batch, arguments.MAX_BATCH) or 1,
         call=FrozenDict({**known.defaults.call, **(call or {})}),
         components=FrozenDict(components or {}),
@@ -92,6 +93,7 @@ def resolve(
         prompts_known=prompts_known,
     )
     arguments.refuse_bad_sizes(request, known)
+    arguments.refuse_contradictions(request, sizes, call or {}, optimizers)
     seen = cards.snapshot(request, hardware)
     card = cards.chosen(request, seen)
     headroom_bytes = None if card is None else cards.headroom_bytes(request, card)
