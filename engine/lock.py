@@ -292,7 +292,7 @@ def parse(text: str, source: str, kind: str = "yaml") -> Lock:
     return lock
 
 
-def damaged(error: DocumentError) -> DgRunError:
+def damaged(error: DocumentError) -> FileError:
     """Return the error of a file that is no lock, or no longer one."""
     told = error.told(FileError, "this is not a valid lock")
     return FileError(told.what, told.why, told.do or _AGAIN)

@@ -26,6 +26,7 @@ from engine.values import Driver, GpuProcess, Hardware
 from tests.conftest import GIB, RTX_4090, card, machine, write
 from tests.test_documents import BOMB
 
+BFLOAT16 = {"name": "dtype", "params": {"value": "bfloat16"}}
 SCHEMA = jsonschema.Draft202012Validator(json.loads(validation.schema_text("lock")))
 
 
@@ -58,7 +59,7 @@ def text() -> Iterator[str]:
             "device": "cpu",
             "call": {"b": 1e-7, "a": ["x", {"deep": None, "1e5": "no"}], "c": "ü \u2028 \U0001f600 \x00"},
         },
-        {"optimizers": ["vae_tiling", {"name": "group_offload", "params": {"use_stream": False}}]},
+        {"optimizers": [BFLOAT16, "vae_tiling", {"name": "group_offload", "params": {"use_stream": False}}]},
         {"components": {"text_encoder_2": None}},
         {"device": "cpu", "hardware": machine()},
         {"model": "black-forest-labs/FLUX.1-dev", "vram": "20GiB", "host_ram": "64GiB"},
