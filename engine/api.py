@@ -78,7 +78,7 @@ def resolve(
         optimizers is not None,
         sizes,
         batch=arguments.count("batch", batch, arguments.MAX_BATCH) or 1,
-        call=FrozenDict({**known.defaults.call, **(call or {})}),
+        call=FrozenDict(arguments.plain("call", {**known.defaults.call, **(call or {})})),
         components=FrozenDict(components or {}),
         device=arguments.choice("device", device, arguments.DEVICES),
         gpu=None if gpu is None else str(gpu),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -82,6 +83,17 @@ def step(given: StepLike) -> Step:
 def optimizer_names(names: Iterable[str]) -> tuple[str, ...]:
     """Return the names, all known."""
     return tuple(optimizers.spec(name).name for name in names)
+
+
+def plain(name: str, value: Any) -> Any:
+    """Return a value that JSON has, whole and in UTF-8: what cannot be written cannot be part of a plan."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{name} holds what is no plain value", str(error)[:200], "give numbers, text, lists and mappings of them"
+        ) from None
+    return value
 
 
 def refuse_bad_sizes(request: Request, model: Model) -> None:

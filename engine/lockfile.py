@@ -34,17 +34,16 @@ def read(path: str | os.PathLike[str]) -> Lock:
 
 
 def _text(where: Path) -> str:
-    if where.exists() and not where.is_file():
-        what = "a directory" if where.is_dir() else "not a file"  # a pipe would be waited for
-        raise FileError(f"{where}: the lock cannot be read", f"that is {what}", "give the file that --lock wrote")
     try:
+        if where.exists() and not where.is_file():
+            what = "a directory" if where.is_dir() else "not a file"  # a pipe would be waited for
+            raise FileError(f"{where}: the lock cannot be read", f"that is {what}", "give the file that --lock wrote")
         return documents.read_text(where)
     except DocumentError as error:
         raise lock.damaged(error) from None
-    except OSError as error:
-        raise FileError(
-            f"{where}: the lock cannot be read", str(error.strerror or error), "give the file that --lock wrote"
-        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        why = str(getattr(error, "strerror", None) or error)
+        raise FileError(f"{where}: the lock cannot be read", why, "give the file that --lock wrote") from None
 
 
 def check_place(path: Path) -> None:
@@ -53,6 +52,14 @@ def check_place(path: Path) -> None:
     Called before the work. Raises: UsageError, FileError.
     """
     kind_of(path)
+    try:
+        _look_at(path)
+    except OSError as error:  # a name that is too long
+        why = str(error.strerror or error)
+        raise FileError(f"{path} cannot be written", why, "give another place with --lock") from None
+
+
+def _look_at(path: Path) -> None:
     folder, do = path.parent, "give another place with --lock"
     if path.is_dir():
         raise FileError(f"{path} is a directory", do=f"give a file, such as {path / 'plan.yaml'}")
@@ -95,8 +102,10 @@ def write(plan: Plan, path: str | os.PathLike[str]) -> Lock:
         )
     try:
         files.publish(where, text)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise FileError(
-            f"{where} cannot be written", str(error.strerror or error), "give another place with --lock"
+            f"{where} cannot be written",
+            str(getattr(error, "strerror", None) or error),
+            "give another place with --lock",
         ) from None
     return made

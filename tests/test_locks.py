@@ -100,9 +100,9 @@ def test_any_call_is_locked_in_yaml_as_in_json(call: dict[str, Any]) -> None:
 
 def test_two_locks_of_one_request_are_the_same_bytes(tmp_path: Path) -> None:
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
-    asked: dict[str, Any] = {"height": 128, "call": {"true_cfg_scale": 2.0, "max_sequence_length": 16}}
+    asked: dict[str, Any] = {"height": 128, "call": {"true_cfg_scale": 2.5, "max_sequence_length": 32}}
     engine.resolve(hardware=with_card(20.0), **asked).lock(first)
-    other: dict[str, Any] = {"call": {"max_sequence_length": 16, "true_cfg_scale": 2.0}, "height": 128}
+    other: dict[str, Any] = {"call": {"max_sequence_length": 32, "true_cfg_scale": 2.5}, "height": 128}
     engine.resolve(hardware=with_card(19.7, index=0), gpu=0, **other).lock(second)
     assert first.read_bytes() == second.read_bytes()
 
@@ -236,6 +236,8 @@ def test_a_file_that_cannot_be_read_is_said_to_be(tmp_path: Path) -> None:
         ("pipe.yaml", "that is not a file"),
         ("missing.json", "No such file"),
         ("a/b.yaml", "No such file"),
+        (f"{'a' * 300}.yaml", "File name too long"),
+        ("nul\0.yaml", "null byte"),
     ):
         with pytest.raises(FileError, match=part):
             engine.read_lock(tmp_path / name)
@@ -287,6 +289,8 @@ def test_a_lock_has_the_rights_of_any_new_file(tmp_path: Path) -> None:
     ("place", "part"),
     [
         ("missing/plan.yaml", "it does not exist"),
+        (f"{'a' * 300}.yaml", "File name too long"),
+        ("nul\0.yaml", "null byte"),
         ("file/plan.yaml", "that is no directory"),
         ("dir.yaml", "a directory"),
     ],
@@ -339,9 +343,8 @@ def test_what_cannot_be_run_as_it_is_is_not_locked(tmp_path: Path) -> None:
 
 
 def test_a_call_that_would_not_be_read_again_is_not_locked(tmp_path: Path) -> None:
-    for value in (float("nan"), float("inf"), 10**30):
-        with pytest.raises(UsageError, match="cannot be locked"):
-            engine.resolve(device="cpu", hardware=machine(), call={"x": value}).lock(tmp_path / "plan.yaml")
+    with pytest.raises(UsageError, match="cannot be locked"):
+        engine.resolve(device="cpu", hardware=machine(), call={"x": 10**30}).lock(tmp_path / "plan.yaml")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -52,6 +52,9 @@ class Parser(argparse.ArgumentParser):
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Return the parsed arguments. Raises: UsageError."""
         words = [_underscored(a) for a in arguments]
+        if foreign := [w for w in words if any("\ud800" <= c <= "\udfff" for c in w)]:
+            what = foreign[0].encode("utf-8", "replace").decode()
+            raise UsageError(f"{what!r} is not text in UTF-8", do="write it in UTF-8, or give the file another name")
         options, rest = self.parse_known_args(words)
         if not rest:
             options.told = self._told(words)
