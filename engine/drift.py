@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine import api, arguments, facts, gpus, lock, probe, versions
+from engine import api, arguments, facts, gpus, lock, plan, probe, versions
 from engine.errors import (
     DgRunError,
     HardwareError,
@@ -109,6 +109,7 @@ def held(
         *_of_driver(locked, seen, card),
         *_of_versions(locked, found),
         *_of_profile(locked),
+        *_of_digest(locked, found),
     )
     drift += tuple(_of_fit(found, drift))
     notes = tuple(Note(kind="drift", optimizer=None, because=str(d)) for d in drift)
@@ -227,9 +228,8 @@ def _planned(locked: Lock, known: Model, seen: Hardware, card: Gpu | None, told:
         hardware=seen,
         told=told,
     )
-    return dataclasses.replace(
-        found, request=asked, profile=locked.reference, optimizers=steps, digest=locked.plan_digest
-    )
+    own = plan.digest(asked, locked.reference, steps)
+    return dataclasses.replace(found, request=asked, profile=locked.reference, optimizers=steps, digest=own)
 
 
 def asked_for(locked: Lock, known: Model) -> dict[str, Any]:
@@ -393,6 +393,15 @@ def _of_version(name: str, was: str | None, now: str | None, found: Plan) -> str
 
 def _series(version: str) -> tuple[str, ...]:
     return tuple(version.partition("+")[0].split(".")[:2])
+
+
+def _of_digest(locked: Lock, found: Plan) -> Iterator[Drift]:
+    """Yield that this version digests the same plan to another value: it knows more arguments than the lock's had."""
+    if found.digest != locked.plan_digest:
+        because = "this version counts more arguments of a request; what is run is the same"
+        yield Drift(
+            name="plan digest", old=locked.plan_digest[:19], new=found.digest[:19], severity=WARN, because=because
+        )
 
 
 def _of_profile(locked: Lock) -> Iterator[Drift]:

@@ -317,6 +317,14 @@ def test_what_a_call_says_itself_stays() -> None:
     assert made.plan(machine()).request.call["num_inference_steps"] == 3
 
 
+def test_a_version_that_digests_plans_otherwise_is_a_warning(locked: engine.Lock) -> None:
+    older = dataclasses.replace(locked, plan_digest="sha256:" + "0" * 64)
+    (found,) = older.drift(with_card())
+    assert (found.name, found.severity) == ("plan digest", "warn")
+    plan = older.plan(with_card())
+    assert engine.Plan.from_json(plan.to_json()) == plan
+
+
 # --check
 
 
@@ -474,6 +482,42 @@ def test_a_run_of_a_lock_that_does_not_stand_is_refused_before_torch(
     code, _, err = run(capsys, "--plan", str(path), "--prompt", "x")
     assert code == 4
     assert "free VRAM bytes" in err
+
+
+def test_what_is_free_is_read_again_just_before_loading(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    here: Callable[[Hardware], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "plan.yaml"
+    run(capsys, "plan", "--gpu", "RTX 4090", "--lock", str(path))
+    free = iter([23.0, 0.5])
+    monkeypatch.setattr(probe, "snapshot", lambda: with_card(next(free)))
+    monkeypatch.setattr("engine.run.load.load", lambda *_: pytest.fail("it was loaded"))
+    code, _, err = run(capsys, "--plan", str(path), "--prompt", "x", "--output", str(tmp_path / "x.png"))
+    assert code == 4, err
+    assert "free VRAM bytes: " in err
+
+
+def test_what_differs_is_told_before_loading(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    here: Callable[[Hardware], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "plan.yaml"
+    here(with_card())
+    run(capsys, "plan", "--lock", str(path))
+    here(dataclasses.replace(with_card(), driver=Driver(version="590.10", cuda="13.1")))
+
+    def loaded(*_: Any, **__: Any) -> None:
+        raise ModelError("that is all")
+
+    monkeypatch.setattr("engine.run.load.load", loaded)
+    code, _, err = run(capsys, "--plan", str(path), "--prompt", "x", "--output", str(tmp_path / "x.png"))
+    assert code == 5
+    assert "driver: 580.65.06, now 590.10" in err
 
 
 def test_a_locked_run_draws_the_same_pixels(
