@@ -17,10 +17,14 @@ from typing import Any, ClassVar
 import yaml
 
 from engine.errors import DgRunError
+from engine.words import shown
 
 MAX_FILE_BYTES = 1024**2
 MAX_VALUES = 20_000
 MAX_DEPTH = 32
+# What is told of one file: more helps nobody, and a hostile file must not become a hostile message.
+MAX_PROBLEMS = 50
+MAX_WORDS = 500
 _COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 Path_ = tuple[str | int, ...]
@@ -89,23 +93,27 @@ class DocumentError(Exception):
 
     def told(self, kind: type[DgRunError], what: str) -> DgRunError:
         """Return an error of `kind` that shows every problem with its file, line, column and the line itself."""
-        return kind(f"{self.source}: {what}", "\n       ".join(self._shown(p) for p in self.problems), self._remedy())
-
-    def _shown(self, problem: Problem) -> str:
-        if problem.place is None:
-            return f"{self.source}: {problem.what}"
         lines = self.text.splitlines()
+        told = [self._shown(p, lines) for p in self.problems[:MAX_PROBLEMS]]
+        if len(self.problems) > MAX_PROBLEMS:
+            told.append(f"{self.source}: and {len(self.problems) - MAX_PROBLEMS} more")
+        return kind(f"{self.source}: {what}", "\n       ".join(told), self._remedy())
+
+    def _shown(self, problem: Problem, lines: Sequence[str]) -> str:
+        what = problem.what if len(problem.what) <= MAX_WORDS else problem.what[: MAX_WORDS - 3] + "..."
+        if problem.place is None:
+            return f"{self.source}: {what}"
         line = lines[problem.place.line - 1] if problem.place.line <= len(lines) else ""
-        shown = f"{self.source}:{problem.place.line}:{problem.place.column}: {problem.what}"
+        told = f"{self.source}:{problem.place.line}:{problem.place.column}: {what}"
         if not line.strip():
-            return shown
+            return told
         # A line of a thousand columns helps nobody: show the stretch around the place.
         start = max(0, problem.place.column - 60)
         stretch = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line[start : start + 100])
-        return f"{shown}\n         | {stretch}\n         | {' ' * (problem.place.column - 1 - start)}^"
+        return f"{told}\n         | {stretch}\n         | {' ' * (problem.place.column - 1 - start)}^"
 
     def _remedy(self) -> str:
-        return "; ".join(dict.fromkeys(p.do for p in self.problems if p.do))
+        return "; ".join(dict.fromkeys(p.do for p in self.problems[:MAX_PROBLEMS] if p.do))
 
 
 def read_text(path: Path) -> str:
@@ -151,13 +159,25 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is here twice")
+        raise ValueError(f"the key {shown(next(n for n in names if names.count(n) > 1))} is here twice")
     return result
 
 
 def parse(text: str, source: str) -> Document:
     """Return the document in `text`. Raises: DocumentError, with the place of what is wrong."""
+    document, problems = inspect(text, source)
+    if problems:
+        raise DocumentError(source, text, problems)
+    return document
+
+
+def inspect(text: str, source: str) -> tuple[Document, Sequence[Problem]]:
+    """Return the document in `text` without what is wrong in it, and what that is: for whoever has more to say of it.
+
+    Raises: DocumentError, when it cannot be read at all.
+    """
     try:
+        _refuse_too_many(text, source)
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
@@ -171,9 +191,21 @@ def parse(text: str, source: str) -> Document:
         raise DocumentError(source, text, [_unreadable(error, text)]) from None
     except RecursionError:
         raise DocumentError(source, text, [Problem(None, "the document is nested too deeply")]) from None
-    if builder.problems:
-        raise DocumentError(source, text, builder.problems)
-    return Document(source, text, value, builder.values, builder.keys)
+    return Document(source, text, value, builder.values, builder.keys), builder.problems
+
+
+def _refuse_too_many(text: str, source: str) -> None:
+    """Refuse a large text of many or deeply nested values before a node is made of each: nodes are two hundred times
+    as large as their text."""
+    if len(text) <= MAX_VALUES:
+        return
+    depth = count = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        count += isinstance(event, yaml.NodeEvent)
+        if count > MAX_VALUES or depth > MAX_DEPTH:
+            limit = f"more than {MAX_VALUES:,} values" if count > MAX_VALUES else f"more than {MAX_DEPTH} levels"
+            raise DocumentError(source, text, [Problem(_place(event), f"the document holds {limit}")])
 
 
 def _yaml_problem(error: yaml.MarkedYAMLError, text: str) -> Problem:
@@ -218,7 +250,7 @@ class _Builder:
             raise DocumentError(self.source, self.text, self.problems)
         self.values[path] = _place(node)
         if not isinstance(node, yaml.ScalarNode) and node.tag not in _COLLECTIONS:
-            self._error(node, f"the tag {node.tag!r} is not allowed", "write a plain value")
+            self._error(node, f"the tag {shown(node.tag)} is not allowed", "write a plain value")
             return None
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path, depth)
@@ -234,9 +266,12 @@ class _Builder:
                 self._error(key_node, "a key must be a plain word", "put the key in quotes")
                 continue
             key = str(key_node.value)
+            if key == "<<" and key_node.style is None:
+                self._error(key_node, "merge keys (<<) are not read", "write the keys out")
+                continue
             if key in result:
                 first = self.keys[(*path, key)].line
-                self._error(key_node, f"the key {key!r} is here twice (first on line {first})", "keep one of them")
+                self._error(key_node, f"the key {shown(key)} is here twice (first on line {first})", "keep one of them")
                 continue
             self.keys[(*path, key)] = _place(key_node)
             result[key] = self.build(value_node, (*path, key), depth + 1)
@@ -256,10 +291,13 @@ class _Builder:
                 return int(text)
             case "float" if len(text) <= 40:
                 return float(text)
-        what = f"the tag {node.tag!r} is not allowed" if kind not in ("int", "float") else "this number is too long"
+        what = (
+            f"the tag {shown(node.tag)} is not allowed" if kind not in ("int", "float") else "this number is too long"
+        )
         self._error(node, what, "write a plain value")
         return None
 
 
-def _place(node: yaml.Node) -> Place:
-    return Place(node.start_mark.line + 1, node.start_mark.column + 1)
+def _place(node: yaml.Node | yaml.Event) -> Place:
+    mark: Any = node.start_mark
+    return Place(mark.line + 1, mark.column + 1)

@@ -116,8 +116,9 @@ class Lock:
         """The profile, as plans refer to theirs."""
         if (found := self.profile) is None:
             return None
-        source = found.source if found.source == profiles.BUILT_IN else self.request.profile or found.source
-        return ProfileRef(name=found.name, version=found.version, source=source)
+        by_path = self.request.profile is not None and profiles.is_path(self.request.profile)
+        source = self.request.profile if by_path and found.source == FILE else found.source
+        return ProfileRef(name=found.name, version=found.version, source=source or found.source)
 
     # What needs a machine to hold the lock against.
 
@@ -218,25 +219,27 @@ _TOLD_OF_PROFILES = ("source", "summary", "extends", "overridden")
 
 
 def current_profile(locked: LockedProfile, asked: str | None) -> Profile | None:
-    """Return the profile of this name (or file) as it is now, or None where there is none that can be read."""
-    by_file = asked if locked.source == FILE and asked is not None else locked.name
+    """Return the profile of this name as it is now, or None where there is none that can be read.
+
+    `asked` is the name or the file that the request gave: of it and of what it falls back to, the one of this name.
+    """
     try:
-        return profiles.find(by_file)
+        chain = () if asked is None else profiles.chain(asked)
+        return next((p for p in chain if p.name == locked.name), None) or profiles.find(locked.name)
     except ProfileError:
         return None
 
 
 def _profile(reference: ProfileRef) -> LockedProfile:
-    is_built_in = reference.source == profiles.BUILT_IN
     try:
-        found = profiles.find(reference.name if is_built_in else reference.source)
+        found = profiles.find(reference.source if profiles.is_path(reference.source) else reference.name)
     except ProfileError:  # a plan that was made elsewhere
         found = None
     is_it = found is not None and (found.name, found.version) == (reference.name, reference.version)
     return LockedProfile(
         name=reference.name,
         version=reference.version,
-        source=profiles.BUILT_IN if is_built_in else FILE,
+        source=profiles.BUILT_IN if reference.source == profiles.BUILT_IN else FILE,
         content=profile_content(found) if found is not None and is_it else None,
     )
 

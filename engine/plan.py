@@ -15,7 +15,19 @@ from typing import TYPE_CHECKING, Any
 from engine import documents, validation
 from engine.documents import DocumentError
 from engine.errors import FileError
-from engine.values import Device, Estimate, FrozenDict, Gpu, Hardware, Note, ProfileRef, Rejection, Request, Step
+from engine.values import (
+    Advice,
+    Device,
+    Estimate,
+    FrozenDict,
+    Gpu,
+    Hardware,
+    Note,
+    ProfileRef,
+    Rejection,
+    Request,
+    Step,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -47,6 +59,8 @@ class Plan:
     notes: tuple[Note, ...]
     digest: str
     versions: Mapping[str, str | None]
+    advice: tuple[Advice, ...] | None = None
+    """The nearest changes that would allow more (`engine.advise`); None where nobody has looked."""
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Return the plan as JSON, which `schema/plan.schema.json` describes."""

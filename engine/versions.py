@@ -78,6 +78,30 @@ def snapshot() -> dict[str, str | None]:
     return {"dg-run": __version__} | {name: installed(name) for name in TESTED}
 
 
+def within(version: str, ranges: str) -> bool:
+    """Whether a version lies in ranges such as ">=0.42.1,<0.43", by the numbers of its release.
+
+    Not by `packaging`, which takes longer to import than a plan to make: a build before 0.43 counts as 0.43.
+    """
+    found = _release(version)
+    for bound in ranges.split(","):
+        sign, wanted = bound[: 1 + (bound[1] == "=")], _release(bound.lstrip("<>=!"))
+        order = (found > wanted) - (found < wanted)
+        if not {">=": order >= 0, "<=": order <= 0, "==": order == 0, "!=": order != 0, ">": order > 0, "<": order < 0}[
+            sign
+        ]:
+            return False
+    return True
+
+
+def _release(version: str) -> tuple[int, ...]:
+    match = re.match(r"\s*\d+(\.\d+)*", version)
+    numbers = [int(n) for n in match[0].split(".")] if match else []
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)
+
+
 def note(name: str, version: str | None) -> str | None:
     """Return what to say of an installed version against the tested range, or None when it lies inside."""
     from packaging.version import Version

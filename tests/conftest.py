@@ -21,6 +21,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     """Keep the user's own cache, state and models out of the tests, and the network."""
     monkeypatch.setenv("DG_RUN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("DG_RUN_STATE", str(tmp_path_factory.getbasetemp() / "state"))
+    monkeypatch.setenv("DG_RUN_CONFIG", str(tmp_path_factory.getbasetemp() / "config"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path_factory.getbasetemp() / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("DG_GROUP_OFFLOAD_TYPE", "DG_STORAGE_DTYPE", "DG_COMPUTE_DTYPE"):

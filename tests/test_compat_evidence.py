@@ -179,7 +179,7 @@ OF_CLASS = {
     type_of: (model, name)
     for model in map(_shallow, catalogue.ids())
     for name in attention.DENOISERS
-    if name in model.components and (type_of := model._class_of(model.components[name]))
+    if name in model.components and (type_of := model.class_of(model.components[name]))
 }
 
 

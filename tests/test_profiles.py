@@ -86,7 +86,12 @@ BAD = {
     "bad-size": ("7.2GiB", "7.2 gigs", '6:25: "7.2 gigs" is not a size with its unit, such as 7.2GiB', ""),
     "bare-size": ("7.2GiB", "8", "6:25: 8 is not text", ""),
     "zero-size": ("7.2GiB", "0GiB", "6:25: '0GiB' is out of range", ""),
-    "newer-format": ("profile@1", "profile@2", '1:9: "dg-run/profile@2" should be "dg-run/profile@1"', ""),
+    "newer-format": (
+        "profile@1",
+        "profile@2",
+        "1:9: dg-run/profile@2 is of a newer dg-run; this one reads dg-run/profile@1",
+        "update dg-run",
+    ),
     "version": ("1.2.3", "1.2", "3:10: 1.2 is not text", ""),
     "twice": ("  - vae_tiling\n", "  - vae_tiling\n  - vae_tiling\n", "10:5: vae_tiling is listed twice", ""),
     "clash": (

@@ -275,7 +275,9 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
 def _refuse_exclusive(said: Mapping[str, str]) -> None:
     """Refuse flags whose optimizers exclude each other whatever the model and the machine are."""
     steps = [optimizers.spec(name).step() for name in said]
-    broken = [f for f in compat.findings(steps, compat.situation(steps, "any", 0, None)) if f.rule.kind == "excludes"]
+    broken = [
+        f for f in compat.under(compat.Facts(libraries=compat.installed())).findings(steps) if f.rule.kind == "excludes"
+    ]
     if broken:
         flags = listing(dict.fromkeys(said[name] for f in broken for name in f.subjects))
         refusal = compat.refusal(broken)

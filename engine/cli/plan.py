@@ -71,6 +71,9 @@ def run(arguments: list[str]) -> int:
         **(options.exact(given) if given.exact else options.constraints(given)),
         told=_tell,
     )
+    from engine import advice
+
+    plan = advice.advise(plan, _tell)
     if given.lock is not None and plan.fits is not False:
         # Before anything is printed: whoever reads it may not read it to its end.
         plan.lock(given.lock)

@@ -150,16 +150,12 @@ def find(
     return tracefile.load(made)
 
 
-def case(
-    steps: Sequence[Step],
-    gpu: Gpu,
-    request: Request,
-    stored: Mapping[str, str | None],
-    calibration: str | None = None,
-) -> str:
-    """Return what an estimate from one trace is known by; `calibration` is the digest of its card's."""
+def card_key(gpu: Gpu, request: Request, stored: Mapping[str, str | None], calibration: str | None = None) -> str:
+    """Return what every estimate from one trace has in common: the card, the files, and the number of steps.
+
+    `calibration` is the digest of the card's.
+    """
     content = [
-        [[s.name, dict(s.params)] for s in steps],
         [gpu.name, gpu.arch, gpu.total_bytes, gpu.pcie_generation, gpu.pcie_width, gpu.mig],
         [gpu.cores, gpu.sm_clock_mhz, gpu.memory_clock_mhz, gpu.memory_bus_bits],
         request.steps,
@@ -196,6 +192,13 @@ class Answers:
 
     def put(self, name: str, estimate: Estimate) -> None:
         self._new[name] = dataclasses.asdict(estimate)
+
+    def note(self, name: str) -> Any:
+        """Return something else that was found out from the trace, as JSON has it; None where nothing was."""
+        return self._new.get(name, self._old.get(name))
+
+    def keep(self, name: str, value: Any) -> None:
+        self._new[name] = value
 
     def save(self) -> None:
         """Keep what is new, beside what others have kept meanwhile: of those that save at once none loses."""

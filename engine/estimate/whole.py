@@ -168,6 +168,17 @@ def _seconds(
     return found
 
 
+def computing_seconds(trace: Trace, speed: Speeds | None, steps: int | None) -> dict[str, float] | None:
+    """Return the seconds by phase of a run with everything on the device; None for a card without rates."""
+    if speed is None:
+        return None
+    found: dict[str, float] = {}
+    usual = trace.usual_steps if steps is None else steps
+    for phase in clock.phases(trace, functools.partial(Resident, trace), speed, usual):
+        found[phase.name] = found.get(phase.name, 0.0) + phase.seconds
+    return found
+
+
 def _range(
     trace: Trace, make: functools.partial[Placement], card: tuple[tuple[int, int], int | None], peak: int
 ) -> tuple[int, int]:

@@ -1,0 +1,133 @@
+"""What a profile takes over from its parent, and what it changes of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine import optimizers
+from engine.documents import Problem
+from engine.errors import DgRunError
+from engine.profiles import wording
+from engine.profiles.raw import Alternatives, Placed, Raw
+from engine.values import Match, Profile, Slot
+from engine.words import did_you_mean
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A profile with its list as it is after inheritance, each step with its place in the profile's own file."""
+
+    profile: Profile
+    slots: tuple[Alternatives, ...]
+
+
+def alone(raw: Raw, source: str) -> Made:
+    """Return a profile without a parent."""
+    slots = raw.slots or ()
+    profile = Profile(
+        name=raw.name,
+        version=raw.values["version"],
+        summary=raw.values["summary"],
+        match=raw.match or Match(),
+        slots=plain(slots),
+        source=source,
+        prefer=raw.values.get("prefer"),
+        fallback=raw.values.get("fallback"),
+    )
+    return Made(profile, slots)
+
+
+def child(raw: Raw, source: str, parent: Made) -> tuple[Made, tuple[Problem, ...]]:
+    """Return a profile over its parent, and what is wrong with its edits."""
+    above = parent.profile
+    problems: list[Problem] = []
+    changes = list(above.overridden)
+    told = wording.called(above)
+    inherited = tuple(tuple(tuple(Placed(p.step, None) for p in a) for a in slot) for slot in parent.slots)
+    if raw.slots is not None:
+        slots = raw.slots
+        listed = ", ".join(str(s) for s in above.slots)
+        changes.append(f"optimizers of {told}: {listed}; replaced whole")
+    else:
+        slots = tuple(_edited(raw, inherited, told, problems, changes))
+        if not slots and not problems:
+            problems.append(Problem(raw.place("drop"), f"nothing is left of the optimizers of {told}"))
+    kept: dict[str, Any] = {}
+    for key in ("prefer", "fallback"):
+        was = getattr(above, key)
+        kept[key] = raw.values.get(key, was)
+        if was is not None and kept[key] != was:
+            changes.append(f"{key} of {told}: {was}; {kept[key] or 'none'} here")
+    if raw.match is not None and raw.match != above.match:
+        changes.append(f"match of {told}: {wording.match(above.match)}; {wording.match(raw.match)} here")
+    profile = Profile(
+        name=raw.name,
+        version=raw.values["version"],
+        summary=raw.values["summary"],
+        match=above.match if raw.match is None else raw.match,
+        slots=plain(slots),
+        source=source,
+        extends=raw.values["extends"],
+        overridden=tuple(changes),
+        **kept,
+    )
+    return Made(profile, slots), tuple(problems)
+
+
+def plain(slots: Sequence[Alternatives]) -> tuple[Slot, ...]:
+    """Return slots without the places of their steps."""
+    return tuple(Slot(alternatives=tuple(tuple(p.step for p in a) for a in slot)) for slot in slots)
+
+
+def _edited(
+    raw: Raw, slots: Sequence[Alternatives], told: str, problems: list[Problem], changes: list[str]
+) -> Iterator[Alternatives]:
+    """Yield the parent's slots with `set` and `drop` applied."""
+    names = list(dict.fromkeys(p.step.name for slot in slots for a in slot for p in a))
+    listed = [(name, raw.place("set", name, key=True)) for name in raw.edits]
+    listed += [(name, raw.place("drop", i)) for i, name in enumerate(raw.drops)]
+    for name, place in listed:
+        if name not in names:
+            problems.append(Problem(place, f"{told} has no {name}", did_you_mean(name, names)))
+    for name in raw.drops:
+        changes.append(f"{name} of {told}: dropped")
+    done: dict[str, None] = {}
+    for slot in slots:
+        alternatives: list[tuple[Placed, ...]] = []
+        for alternative in slot:
+            left = tuple(
+                _set(raw, p, told, problems, done) if p.step.name in raw.edits else p
+                for p in alternative
+                if p.step.name not in raw.drops
+            )
+            if [p.step for p in left] not in [[p.step for p in other] for other in alternatives]:
+                alternatives.append(left)  # two that have become one are one
+        if alternatives != [()]:
+            yield tuple(alternatives)
+    changes += done
+
+
+def _set(raw: Raw, placed: Placed, told: str, problems: list[Problem], changes: dict[str, None]) -> Placed:
+    """Return a step with the parameters that are set put over the parent's."""
+    name, was = placed.step.name, placed.step.params
+    spec = optimizers.spec(name)
+    given = {"value": raw.edits[name]} if spec.scalar else dict(raw.edits[name])
+    try:
+        step = spec.step({**was, **given})
+    except DgRunError as error:
+        problem = Problem(raw.place("set", name), error.what, error.do)
+        if problem not in problems:
+            problems.append(problem)
+        return placed
+    for key, value in step.params.items():
+        if value != was.get(key):
+            of = name if spec.scalar else f"{name}.{key}"
+            changes[f"{of} of {told}: {_shown(was.get(key))}; {_shown(value)} here"] = None
+    return dataclasses.replace(placed, step=step, place=raw.place("set", name, key=True))
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

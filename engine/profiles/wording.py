@@ -1,0 +1,34 @@
+"""Profiles in words."""
+
+from __future__ import annotations
+
+from engine.units import format_size
+from engine.values import Match, Profile
+from engine.words import listing
+
+
+def match(told: Match) -> str:
+    """Return when a profile may be used."""
+    parts = []
+    if told.device is not None:
+        parts.append("without an accelerator" if told.device == "cpu" else f"on {told.device}")
+    low, high = told.free_vram_at_least_bytes, told.free_vram_below_bytes
+    parts += _range(low and format_size(low), high and format_size(high), "of free VRAM")
+    few, many = told.pixels_at_least, told.pixels_below
+    parts += _range(few and f"{few:,}", many and f"{many:,}", "pixels")
+    if told.gpus:
+        parts.append(f"on {listing(told.gpus, 'or')}")
+    if told.pipelines:
+        parts.append(f"for {listing(told.pipelines, 'or')}")
+    return ", ".join(parts) or "anywhere"
+
+
+def _range(low: str | int | None, high: str | int | None, unit: str) -> list[str]:
+    if low and high:
+        return [f"from {low} to below {high} {unit}"]
+    return [f"from {low} {unit}"] if low else [f"below {high} {unit}"] if high else []
+
+
+def called(profile: Profile) -> str:
+    """Return a profile's name and version."""
+    return f"{profile.name} {profile.version}"

@@ -1,0 +1,260 @@
+"""The search: of all candidates that fit, the one of least cost.
+
+Cost is seconds times the price of the quality. Candidates are taken in the order of the least they can cost, and the
+search ends where that is more than what was found. What is not replayed is rejected by its bound, which is never more
+than the replay's answer: so the choice is the one that brute force would make (`tests/test_solver.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from engine import compat, optimizers
+from engine.errors import IncompatibleError
+from engine.solve import candidates, judge, reasons
+from engine.solve.candidates import Candidate, Rules
+from engine.solve.exact import is_known
+from engine.solve.prices import prices
+from engine.solve.reasons import Short
+from engine.solve.situation import QUALITIES, Decision, Situation
+from engine.values import Estimate, Profile, Rejection
+from engine.words import listing
+
+if TYPE_CHECKING:
+    from engine.estimate.bounds import Least
+
+Key = tuple[float, ...]
+
+
+def choose(situation: Situation, profiles: Sequence[Profile]) -> Decision:
+    """Return the decision among `profiles`. Nothing suitable is a decision too: `fits` is false then.
+
+    Raises: IncompatibleError, when what was required contradicts itself.
+    """
+    rules = Rules(situation)
+    _refuse_contradiction(situation, rules)
+    rejected: list[Rejection] = []
+    runs: dict[str, _Run] = {}
+    for profile in profiles:
+        reason = judge.match(profile, situation)
+        if reason is not None:
+            rejected.append(reason)
+            continue
+        for candidate in candidates.of_profile(profile, situation, rules):
+            reason = judge.candidate(candidate, situation)
+            if reason is not None:
+                rejected.append(reason)
+            elif candidate.key in runs:
+                runs[candidate.key].owners.append(candidate)
+            else:
+                runs[candidate.key] = _Run([candidate])
+    found = _Search(situation, tuple(runs.values()))
+    best = found.best()
+    rejected += found.reasons(best)
+    if best is None:
+        return Decision(profile=None, steps=(), fits=False, estimate=Estimate(), rejected=tuple(rejected), notes=())
+    taken = best.owner
+    return Decision(
+        profile=taken.profile,
+        steps=taken.steps,
+        fits=True if is_known(best.estimate, situation) else None,
+        estimate=best.estimate,
+        rejected=tuple(rejected),
+        notes=(
+            *reasons.changes(taken.own, taken.steps, situation.request),
+            *reasons.notes(taken.findings, taken.steps),
+        ),
+        key=best.key or (),
+    )
+
+
+def _refuse_contradiction(situation: Situation, rules: Rules) -> None:
+    request = situation.request
+    both = [s.name for s in request.require if s.name in request.forbid]
+    if both:
+        raise IncompatibleError(
+            f"{listing(both)} cannot be required and forbidden", "both were asked for", "drop one of the two"
+        )
+    broken = [f for f in rules.of(optimizers.in_order(request.require)).findings if f.breaks]
+    if broken:
+        raise compat.refusal(broken)
+
+
+@dataclass(slots=True)
+class _Run:
+    """One kind of run, and the candidates that come to it."""
+
+    owners: list[Candidate]
+    least: Least | None = None
+    least_key: Key = ()
+    estimate: Estimate = field(default=Estimate())
+    is_estimated: bool = False
+    short: Short | None = None
+    key: Key | None = None
+    because: str = ""
+
+    @property
+    def owner(self) -> Candidate:
+        """The candidate that is named for it: of the profile that asks for the most."""
+        return max(self.owners, key=lambda c: _rank(c.profile))
+
+    @property
+    def is_unknown(self) -> bool:
+        return self.is_estimated and self.estimate.required_bytes is None
+
+
+def _rank(profile: Profile) -> tuple[int, int]:
+    return profile.match.pixels_at_least or 0, profile.match.free_vram_at_least_bytes or 0
+
+
+class _Search:
+    """Finds the best of some runs, and remembers why the others are not."""
+
+    def __init__(self, situation: Situation, runs: tuple[_Run, ...]) -> None:
+        self.situation = situation
+        self.runs = runs
+        self.is_timed = True
+
+    def best(self) -> _Run | None:
+        """Return the run of least cost among those that fit; by `match` alone where nothing can be estimated."""
+        for run in self.runs:
+            run.least = self.situation.least(run.owner.acting)
+        bounds = [r.least for r in self.runs if r.least is not None]
+        self.is_timed = not bounds or all(b.seconds is not None for b in bounds)
+        for run in self.runs:
+            run.least_key = self._least_key(run)
+        best: _Run | None = None
+        for run in sorted(self.runs, key=lambda r: r.least_key):
+            if best is not None and best.key is not None and run.least_key > best.key:
+                break
+            if run.least is not None:
+                run.short = reasons.of_least(run.least, self.situation)
+                if run.short is not None:
+                    continue
+            self._estimate(run)
+            if run.short is None and run.key is not None and (best is None or run.key < (best.key or ())):
+                best = run
+        return best if best is not None else self._by_match()
+
+    def _estimate(self, run: _Run) -> None:
+        run.estimate = self.situation.estimate(run.owner.acting)
+        run.is_estimated = True
+        if run.estimate.required_bytes is None:
+            return
+        run.short = reasons.of_estimate(run.estimate, self.situation)
+        run.key = self._key(run)
+
+    def _by_match(self) -> _Run | None:
+        """Return what is taken where nothing is known: the profile that asks for the most, as it comes first."""
+        open_ = [r for r in self.runs if r.is_unknown]
+        firsts: dict[str, _Run] = {}
+        for run in open_:
+            for owner in run.owners:
+                firsts.setdefault(owner.profile.name, run)
+        if not firsts:
+            return None
+        return max(firsts.values(), key=lambda r: _rank(r.owner.profile))
+
+    def _key(self, run: _Run) -> Key:
+        """Return what runs are ordered by: the least is the best."""
+        taken, owner = run.estimate, run.owner
+        quality = taken.quality or owner.quality
+        return self._ordered(
+            quality, self._cost(taken.seconds, run.least, quality), taken.required_bytes or 0, len(owner.acting)
+        )
+
+    def _least_key(self, run: _Run) -> Key:
+        if run.least is None:
+            return ()
+        quality = run.owner.quality
+        cost = self._cost(run.least.seconds, run.least, quality)
+        return self._ordered(quality, cost, run.least.required_bytes, 0)
+
+    def _cost(self, seconds: float | None, least: Least | None, quality: str) -> float:
+        """Return seconds times price, to the hundredth: within it quality and room decide.
+
+        On a card without rates the bytes that cross the bus stand for seconds.
+        """
+        if self.is_timed:
+            return math.inf if seconds is None else round(seconds * prices()[quality], 2)
+        return (least.copied_bytes if least is not None else 0) * prices()[quality]
+
+    def _ordered(self, quality: str, cost: float, required_bytes: int, count: int) -> Key:
+        rank = QUALITIES.index(quality)
+        match self.situation.request.prefer:
+            case "quality":
+                return rank, cost, required_bytes, count
+            case "vram":
+                return required_bytes, cost, rank, count
+        return cost, rank, required_bytes, count
+
+    def reasons(self, best: _Run | None) -> Iterable[Rejection]:
+        """Yield why each other candidate was not taken."""
+        for run in self.runs:
+            for owner in run.owners:
+                if best is None or owner is not best.owner:
+                    yield self._reason(run, owner, best)
+
+    def _reason(self, run: _Run, owner: Candidate, best: _Run | None) -> Rejection:
+        if run.short is not None:
+            short = run.short
+            return judge.rejection(
+                owner.profile, owner.acting, short.rule, short.because, short.remedy, short_bytes=short.bytes
+            )
+        remedy = f"--profile {owner.profile.name} takes it all the same"
+        if best is None or (run.is_unknown and best.key is not None):
+            because = "what it takes could not be estimated"
+            return judge.rejection(owner.profile, owner.acting, "estimate.unknown", because, remedy)
+        return judge.rejection(owner.profile, owner.acting, "preferred", self._passed_over(run, owner, best), remedy)
+
+    def _passed_over(self, run: _Run, owner: Candidate, best: _Run) -> str:
+        if run is best:
+            return f"it comes to the same run as {best.owner.profile.name}"
+        if best.key is None:
+            if _rank(best.owner.profile)[0] > _rank(owner.profile)[0]:
+                return f"{best.owner.profile.name} is made for pictures of this size"
+            if owner.profile is best.owner.profile:
+                return "what its profile names first is taken, where nothing can be estimated"
+            return f"{best.owner.profile.name} asks for more free VRAM, and it is there"
+        seconds = run.estimate.seconds if run.is_estimated else run.least.seconds if run.least is not None else None
+        prefer = self.situation.request.prefer
+        if prefer == "vram" and run.least_key and run.least_key[0] > best.key[0]:
+            return "it needs more of the card, and the least was asked for"
+        if prefer == "quality" and QUALITIES.index(owner.quality) > QUALITIES.index(best.owner.quality):
+            return f"it is {owner.quality}, and the choice is {best.owner.quality}, which was asked for"
+        if seconds is None or best.estimate.seconds is None:
+            return "more would have to be copied to the card"
+        cost = prices()[owner.quality], prices()[best.owner.quality]
+        if round(seconds * cost[0], 2) <= best.key[0 if prefer == "speed" else 1]:
+            return "it fits, and the choice is as fast, and no worse"
+        return reasons.slower(seconds, owner.quality, cost[0], best.estimate, cost[1], is_least=not run.is_estimated)
+
+
+def better(decisions: Sequence[Decision]) -> int:
+    """Return the index of the best of several decisions, each for another card: what fits, at the least cost."""
+
+    def order(index: int) -> tuple[int, Key, int]:
+        decision = decisions[index]
+        known = {True: 0, None: 1, False: 2}[decision.fits]
+        return known, decision.key, index
+
+    return min(range(len(decisions)), key=order)
+
+
+def named(situation: Situation, chain: Sequence[Profile]) -> Decision:
+    """Return the decision for a profile that was asked for by name: where it cannot fit, its fallbacks in turn.
+
+    What each prefers counts, unless the request says otherwise.
+    """
+    rejected: tuple[Rejection, ...] = ()
+    decision = choose(situation, chain[:1])
+    for profile in chain[1:]:
+        if decision.profile is not None:
+            break
+        rejected += decision.rejected
+        decision = choose(situation, [profile])
+    return dataclasses.replace(decision, rejected=rejected + decision.rejected)
