@@ -47,6 +47,10 @@ def measured(part: str, device: Device, sampler: Sampler, plan: Plan | None) -> 
         case "copies":
             return told | {"copies": list(_copies(device))}
     assert plan is not None
+    if part == "stream":
+        from bench.gpu import allocations
+
+        return told | allocations.measured(device, plan)
     works = _works(plan)
     if part == "convolutions":
         return told | {"convolutions": [_convolution(device, w, _capability(plan)) for w in _largest_convs(works)]}
