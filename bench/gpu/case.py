@@ -43,8 +43,6 @@ class Order:
     limit_s: float = 600.0
     second_under_s: float | None = None
     """A second call is made only where the first took less; None: always."""
-    shares_weights: bool = False
-    """Whether the host has room for weights that a fork begins with, beside those that it makes (`nursery.py`)."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,8 +63,8 @@ def main() -> None:
     print(json.dumps(asdict(measure(order))), file=answer, flush=True)
 
 
-def measure(order: Order, ready: tuple[Any, bool] = (None, False)) -> Outcome:
-    """Return what became of a case. `ready` is a pipeline that was built for it, and whether it has its weights."""
+def measure(order: Order, ready: Any = None) -> Outcome:
+    """Return what became of a case. `ready` is a pipeline that was built for it, its weights on meta."""
     case = Case.of(order.case)
     outcome = Outcome()
     if order.dry:
@@ -108,7 +106,7 @@ def unnamed(text: str) -> str:
     return text
 
 
-def _run(case: Case, order: Order, device: Device, watched: Sampler, outcome: Outcome, ready: tuple[Any, bool]) -> None:
+def _run(case: Case, order: Order, device: Device, watched: Sampler, outcome: Outcome, ready: Any) -> None:
     """Build, place and call a pipeline, and keep in `outcome` whatever was measured before it stopped."""
     from bench.gpu import phases
 
@@ -133,7 +131,7 @@ def _run(case: Case, order: Order, device: Device, watched: Sampler, outcome: Ou
             found["peaks_at_the_end"] = asdict(device.peaks())
             raise
         finally:
-            found["host"] = {"pinned_bytes": device.pinned_bytes(), **_host_peaks()}
+            found["host"] = {"pinned_bytes": device.pinned_bytes(), **host_peaks()}
             with contextlib.suppress(RuntimeError):  # after an error of CUDA's own nothing works any more
                 device.synchronize()
             found["at_rest"] = asdict(sampler.look()) | {"reserved_bytes": device.reserved_bytes()}
@@ -155,9 +153,7 @@ def is_on_card(order: Order) -> bool:
     return plan is not None and predict.is_built_on_card(plan.optimizers)
 
 
-def _placed(
-    case: Case, order: Order, device: Device, ready: tuple[Any, bool] = (None, False)
-) -> tuple[Any, dict[str, Any]]:
+def _placed(case: Case, order: Order, device: Device, ready: Any = None) -> tuple[Any, dict[str, Any]]:
     """Return the pipeline with its weights where they are to be, and the arguments of its call."""
     import torch
 
@@ -173,11 +169,7 @@ def _placed(
     model = facts.find(case.model)
     plan = _plan(order)
     dtype, on_card = dtype_of(order), is_on_card(order)
-    pipe, has_weights = ready
-    if pipe is None:
-        pipe = weights.weightless(model, dtype)
-    if not has_weights:
-        weights.filled(pipe, device.kind if on_card else "cpu")
+    pipe = weights.filled(ready or weights.weightless(model, dtype), device.kind if on_card else "cpu")
     arguments = inputs.call(
         model,
         pipe,
@@ -226,7 +218,7 @@ def _call(pipe: Any, arguments: dict[str, Any], watch: Any, device: Device) -> d
         }
 
 
-def _host_peaks() -> dict[str, int | None]:
+def host_peaks() -> dict[str, int | None]:
     """Return the most of the host's memory that this process had, of files and without."""
     found: dict[str, int | None] = {"peak_bytes": None, "anonymous_bytes": None}
     with contextlib.suppress(OSError):

@@ -19,7 +19,7 @@ from bench.gpu.runner import Answer
 
 _START_S = 240.0
 _GRACE_S = 120.0
-"""Beside a case's own time: for building the model, and filling the host with its weights."""
+"""Beside a case's own time: for building its model."""
 _KEPT_CHARACTERS = 2000
 
 
@@ -71,7 +71,6 @@ class Nursery:
             status, because = runner.death(why) if how == "code" else (how, why)
             told = {"said": self._told(mark)}
             return Answer(outcome={"status": status, "because": because, "phase": None, "measured": told}, wall_s=wall)
-        found.pop("prepared_s", None)
         return Answer(outcome=found, wall_s=wall)
 
     def _line(self, limit_s: float) -> dict[str, Any] | None:

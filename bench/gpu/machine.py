@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.gpu.case import host_peaks
 from bench.gpu.device import Device
 from bench.gpu.sampling import Sampler
 from engine import facts, gpus
@@ -25,7 +26,7 @@ from engine.units import KIB, MIB
 COPIED_BYTES = (64 * KIB, MIB, 16 * MIB, 256 * MIB)
 _COPYING_S = 0.25
 """How long each kind of copy is repeated."""
-MOST_CONVOLUTIONS, MOST_ATTENTIONS = 10, 4
+MOST_CONVOLUTIONS, MOST_ATTENTIONS = 16, 4
 _BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -63,6 +64,7 @@ def measured(part: str, device: Device, sampler: Sampler, plan: Plan | None) -> 
 def _context(device: Device, sampler: Sampler) -> Iterator[dict[str, Any]]:
     """Yield what the process holds beside the allocator's bytes, as one library after the other starts."""
     kept: list[Any] = []
+    yield {"after": "starting CUDA", "allocated_bytes": 0, "kept_bytes": 0, "reserved_bytes": 0} | _held(sampler)
 
     def stages() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "a tensor", lambda: torch.ones(1, device=device.kind)
@@ -85,8 +87,13 @@ def _context(device: Device, sampler: Sampler) -> Iterator[dict[str, Any]]:
             "allocated_bytes": device.allocated_bytes(),
             "kept_bytes": device.allocated_bytes() - before - _rounded(device, made),
             "reserved_bytes": device.reserved_bytes(),
-            **asdict(sampler.look()),
+            **_held(sampler),
         }
+
+
+def _held(sampler: Sampler) -> dict[str, Any]:
+    """Return what NVML shows, and the host's memory that this process has."""
+    return asdict(sampler.look()) | {"host_anonymous_bytes": host_peaks()["anonymous_bytes"]}
 
 
 def _copies(device: Device) -> Iterator[dict[str, Any]]:

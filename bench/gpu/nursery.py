@@ -4,9 +4,8 @@ A process that is started anew spends most of a short case on imports. A fork ha
 libraries of its own just as well, since none of them was begun before it. Orders come as lines of JSON on standard
 input, outcomes go as lines of JSON to standard output, one after the other.
 
-A model's weights on the host are made here, before the fork, and serve one case after another: a fork that changes a
-page has it copied. They are there twice for what makes its own copies (pinning), so that an order says whether there is
-room for that.
+A model is built here once, on meta, for the cases that follow each other. Its weights are made in each fork: pages that
+a fork shares with its parent are copied when CUDA pins them for a transfer, which then takes several times as long.
 """
 
 from __future__ import annotations
@@ -33,38 +32,28 @@ _Looks = tuple[Callable[[], bool], Callable[[], int]]
 
 
 class _Ready:
-    """The one pipeline that is ready for forks: its weights on meta, or on the host."""
+    """The one pipeline that is ready for forks, its weights on meta."""
 
     def __init__(self) -> None:
         self._key: tuple[str, str] | None = None
-        self._pipe: Any = None
-        self._is_filled = False
+        self.pipe: Any = None
 
-    def prepare(self, order: Order) -> float:
-        """Make what a case can begin with; return the seconds that it took."""
-        case, started = Case.of(order.case), time.perf_counter()
+    def prepare(self, order: Order) -> None:
+        """Build what a case begins with."""
+        case = Case.of(order.case)
         if case.model is None or case.kind == "machine":
             self.drop()
-            return 0.0
+            return
         from bench.gpu import weights
         from engine import facts
 
-        dtype, on_card = cases.dtype_of(order), cases.is_on_card(order)
-        wants = (case.model, dtype)
-        if wants != self._key or (self._is_filled and (on_card or not order.shares_weights)):
+        wants = case.model, cases.dtype_of(order)
+        if wants != self._key:
             self.drop()
-            self._pipe, self._key = weights.weightless(facts.find(case.model), dtype), wants
-        if not on_card and order.shares_weights and not self._is_filled:
-            weights.filled(self._pipe, "cpu")
-            self._is_filled = True
-        return time.perf_counter() - started
-
-    def take(self) -> tuple[Any, bool]:
-        """Return the pipeline, and whether its weights are there: for a fork alone, which goes on to change it."""
-        return self._pipe, self._is_filled
+            self.pipe, self._key = weights.weightless(facts.find(case.model), wants[1]), wants
 
     def drop(self) -> None:
-        self._key, self._pipe, self._is_filled = None, None, False
+        self._key, self.pipe = None, None
         gc.collect()
 
 
@@ -84,14 +73,14 @@ def main() -> None:
     for line in sys.stdin:
         order = Order(**json.loads(line))
         try:
-            prepared_s = ready.prepare(order)
+            ready.prepare(order)
         except Exception as error:  # noqa: BLE001 - what a foreign library raises is not one class, and all of it is an answer
             ready.drop()
             outcome = Outcome()
             cases.explain(error, outcome)
             found = asdict(outcome)
         else:
-            found = _forked(order, ready, looks) | {"prepared_s": round(prepared_s, 3)}
+            found = _forked(order, ready, looks)
         print(json.dumps(found), file=answers, flush=True)
 
 
@@ -136,7 +125,7 @@ def _in_fork(order: Order, ready: _Ready, looks: _Looks, writing: int) -> None:
 
     torch.cuda.is_available, torch.cuda.device_count = looks
     torch.set_num_threads(min(16, os.cpu_count() or 1))
-    outcome = cases.measure(order, ready.take())
+    outcome = cases.measure(order, ready.pipe)
     with os.fdopen(writing, "w", encoding="utf-8") as file:
         json.dump(asdict(outcome), file)
 

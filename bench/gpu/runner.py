@@ -21,7 +21,6 @@ from bench.gpu.journal import Journal
 from bench.gpu.matrix import Case
 from bench.gpu.recipes import RECIPES
 from engine.errors import HardwareError
-from engine.plan import Plan
 from engine.units import format_seconds
 from engine.values import Hardware
 
@@ -123,19 +122,7 @@ def _order(case: Case, expected: predict.Outlook, hardware: Hardware, dry: bool)
         card_bytes=case.budget_bytes,
         uuid=None if dry else hardware.gpus[0].uuid,
         dry=dry,
-        shares_weights=_has_room_twice(expected.plan),
     )
-
-
-def _has_room_twice(plan: Plan | None) -> bool:
-    """Whether the host can hold a run beside weights that stay as they are.
-
-    What is brought back from the card is new, and so is what is pinned: twice a run's own bytes at the most.
-    """
-    if plan is None:
-        return False
-    needed, ram = predict.host_bytes(plan), plan.hardware.host.ram_bytes
-    return needed is not None and ram is not None and 2 * needed < ram
 
 
 def ask(order: Order, limit_s: float) -> Answer:
