@@ -22,7 +22,7 @@ from engine.run.load import context
 _MOST_ENTRIES = 4_000_000
 _LEAST_BYTES = 16 << 10
 _STEPS = 2
-_ALLOCATED, _FREED = "alloc", "free_completed"
+_ALLOCATED, _FREED, _TAKEN, _GIVEN_BACK = "alloc", "free_completed", "segment_alloc", "segment_free"
 _FOREIGN = ("torch/nn/modules/module.py", "torch/utils", "accelerate/hooks", "bench/gpu")
 
 
@@ -84,6 +84,9 @@ def _peaks(history: list[dict[str, Any]], begun: list[tuple[str, int]]) -> list[
                 found[-1] |= _told(most, live if at is None else at, loaded)
             found.append({"phase": name})
             most, at = now, dict(live)
+        if found and entry["action"] in (_TAKEN, _GIVEN_BACK):
+            sign = 1 if entry["action"] == _TAKEN else -1
+            found[-1].setdefault("segments", []).append([sign * entry["size"], now, _where(entry.get("frames") or ())])
         if entry["action"] == _ALLOCATED:
             size = -(-entry["size"] // 512) * 512
             live[entry["addr"]] = size, _where(entry.get("frames") or ())

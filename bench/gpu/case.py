@@ -131,7 +131,7 @@ def _run(case: Case, order: Order, device: Device, watched: Sampler, outcome: Ou
             found["peaks_at_the_end"] = asdict(device.peaks())
             raise
         finally:
-            found["host"] = {"pinned_bytes": device.pinned_bytes(), **host_peaks()}
+            found["host"] = {"pinned_bytes": device.pinned_bytes(), **host_peaks(), "trimmed_bytes": _trimmed()}
             with contextlib.suppress(RuntimeError):  # after an error of CUDA's own nothing works any more
                 device.synchronize()
             found["at_rest"] = asdict(sampler.look()) | {"reserved_bytes": device.reserved_bytes()}
@@ -216,6 +216,19 @@ def _call(pipe: Any, arguments: dict[str, Any], watch: Any, device: Device) -> d
             "phases": phases.plain(done),
             "step_seconds": [round(s, 6) for s in watch.step_seconds()],
         }
+
+
+def _trimmed() -> int | None:
+    """Return the anonymous memory that is left once the C library has given back what it only keeps."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):  # another C library than GNU's
+        return None
+    return host_peaks()["anonymous_bytes"]
 
 
 def host_peaks() -> dict[str, int | None]:
