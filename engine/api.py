@@ -73,12 +73,13 @@ def resolve(
         raise UsageError("a profile and an exact list of optimizers were given", do="give one of them")
     known = _changed(_model(model), components or {}, pipeline_class)
     chain = () if profile is None else profiles.chain(profile)
+    sizes = {"height": height, "width": width, "frames": frames, "steps": steps, "guidance": guidance}
     request = _request(
         known,
         optimizers is not None,
-        {"height": height, "width": width, "frames": frames, "steps": steps, "guidance": guidance},
+        sizes,
         batch=arguments.count("batch", batch, arguments.MAX_BATCH) or 1,
-        call=FrozenDict({**known.defaults.call, **(call or {})}),
+        call=FrozenDict(arguments.plain("call", {**known.defaults.call, **(call or {})})),
         components=FrozenDict(components or {}),
         device=arguments.choice("device", device, arguments.DEVICES),
         gpu=None if gpu is None else str(gpu),
@@ -96,6 +97,7 @@ def resolve(
         prompts_known=prompts_known,
     )
     arguments.refuse_bad_sizes(request, known)
+    arguments.refuse_contradictions(request, sizes, call or {}, optimizers)
     listed = None if optimizers is None else tuple(map(arguments.step, optimizers))
     notes = (_GUIDANCE_NOTE,) if guidance is not None and known.ignores_guidance else ()
     return _solved(known, request, cards.snapshot(request, hardware), listed, chain, notes, told)

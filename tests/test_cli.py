@@ -56,6 +56,9 @@ USAGE = {
     "bad multiple": (["--auto", *PROMPT, "--height", "100", "--width", "100"], "height: 96 or 112"),
     "seed below": (["--auto", *PROMPT, "--seed", "-1"], "the seed is -1"),
     "seed above": (["--auto", *PROMPT, "--seed", str(2**32)], "between 0 and 4294967295"),
+    "text that is not UTF-8": (["--auto", "--prompt", "\udcff"], "is not text in UTF-8"),
+    "half a character": (["plan", "--call", 'x="\\ud800"'], "is no plain value"),
+    "not a finite number": (["plan", "--call", "x=NaN"], "is no plain value"),
     "bad call": (["--auto", *PROMPT, "--call", "steps"], "is not NAME=VALUE"),
     "bad size": (["--auto", *PROMPT, "--vram", "lots"], "'lots' is not a size"),
     "card that is not here": (

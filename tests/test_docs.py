@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shlex
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from engine import optimizers, profiles, scenarios
+import engine
+from engine import lock, optimizers, profiles, scenarios
 from engine.cli import profiles as profiles_command
 from engine.cli.options import COMMANDS, Parser
 from engine.errors import DgRunError
@@ -54,7 +56,7 @@ def test_there_are_commands_in_the_documentation() -> None:
     assert len(COMMAND_LINES) >= 5
 
 
-@pytest.mark.parametrize(("page", "text"), list(_blocks("yaml")))
+@pytest.mark.parametrize(("page", "text"), [(p, t) for p, t in _blocks("yaml") if "schema: dg-run/lock@" not in t])
 def test_a_profile_or_scenario_in_the_documentation_is_valid(page: str, text: str, tmp_path: Path) -> None:
     path = write(tmp_path, "example.yaml", text)
     try:
@@ -66,6 +68,11 @@ def test_a_profile_or_scenario_in_the_documentation_is_valid(page: str, text: st
             yaml.safe_load(text)  # for another program: pre-commit, or a CI
     except DgRunError as error:
         pytest.fail(str(error))
+
+
+@pytest.mark.parametrize(("page", "text"), [(p, t) for p, t in _blocks("yaml") if "schema: dg-run/lock@" in t])
+def test_a_lock_in_the_documentation_is_whole(page: str, text: str) -> None:
+    assert lock.parse(text, page).text() == text
 
 
 @pytest.mark.parametrize(("page", "text"), list(_blocks("python")))
@@ -107,3 +114,10 @@ def test_what_is_assumed_of_cards_is_said_to_be() -> None:
         found |= {key for key, entry in content.items() if '"evidence": "assumed' in json.dumps(entry)}
     assert found == {"tensor_fetch_s", "convolution_share", "group_s"}
     assert all(f"| `{name}`" in text for name in found)
+
+
+def test_every_argument_of_resolve_has_its_row_with_its_type() -> None:
+    text = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    rows = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in text.splitlines() if line.startswith("| `")]
+    told = {name for names in rows for name in names}
+    assert set(inspect.signature(engine.resolve).parameters) <= told

@@ -28,7 +28,7 @@ REQUESTS: list[dict[str, Any]] = [
     {"gpu": "A100 80GB", "optimizers": ["vae_tiling", {"name": "dtype", "params": {"value": "float16"}}]},
     {"gpu": "RTX 4090", "model": "stabilityai/sdxl-turbo"},
     {"gpu": "RTX 3060", "model": "stabilityai/sdxl-turbo", "profile": "low"},
-    {"gpu": "RTX 2080 Ti", "forbid": ["vae_slicing"]},
+    {"gpu": "RTX 3090", "forbid": ["vae_slicing"]},
     {"device": "cpu", "height": 256, "width": 256},
 ]
 

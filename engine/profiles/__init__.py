@@ -173,7 +173,7 @@ def _listed(state: _State) -> tuple[Listed, ...]:
             sources.setdefault(entry.name, []).append(entry)
     found = []
     for entry in (e for shelf in made.shelves for e in shelf):
-        result = made.result(entry)
+        result = made.result(entry, for_name=False)
         is_first = first[entry.name].shelf == entry.shelf
         found.append(
             Listed(

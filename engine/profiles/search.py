@@ -86,10 +86,14 @@ class Search:
     def names(self) -> list[str]:
         return list(dict.fromkeys(e.name for shelf in self.shelves for e in shelf))
 
-    def result(self, entry: Entry) -> Result:
-        """Return an entry's profile with everything that is to be said against it."""
+    def result(self, entry: Entry, *, for_name: bool = True) -> Result:
+        """Return an entry's profile with everything that is to be said against it.
+
+        What is wrong within the files of its fallbacks counts where it is asked for by name (`for_name`): a free search
+        goes by no fallbacks, and a broken file there breaks nobody else.
+        """
         made = self._made(entry)
-        problems = (*made.problems, *self._twice(entry), *self._fallback(entry, made.made))
+        problems = (*made.problems, *self._twice(entry), *self._fallback(entry, made.made, for_name=for_name))
         if not problems:
             return made
         return Result(
@@ -164,7 +168,7 @@ class Search:
             return None, Problem(place, _not_valid("parent", chain[1], result.problems))
         return result.made, None
 
-    def _fallback(self, entry: Entry, made: Made | None) -> Iterator[Problem]:
+    def _fallback(self, entry: Entry, made: Made | None, *, for_name: bool) -> Iterator[Problem]:
         """Yield what is wrong with the chain of fallbacks."""
         name = made.profile.fallback if made is not None else entry.raw.values.get("fallback")
         if name is None:
@@ -186,7 +190,8 @@ class Search:
                 yield Problem(place, f"the fallbacks go round: {_arrows(seen)}", "end the chain somewhere")
                 return
             if (result := self._made(found)).made is None:
-                yield Problem(place, _not_valid("fallback", found, result.problems))
+                if for_name:
+                    yield Problem(place, _not_valid("fallback", found, result.problems))
                 return
         last = self._made(seen[-1]).made
         if last is not None and last.profile.fallback is not None and len(seen) > 1:
