@@ -29,7 +29,8 @@ from tests.conftest import write
 
 HEAD = "schema: dg-run/profile@1\nname: a\nversion: 1.0.0\nsummary: x\n"
 LIST = "optimizers: [resident]\n"
-CHILD = HEAD + "extends: low\n"
+BASE = HEAD.replace("name: a", "name: base") + "optimizers: [dtype: auto, vae_slicing, model_offload]\n"
+CHILD = HEAD + "extends: base\n"
 SECONDS = 1.0
 
 
@@ -198,7 +199,7 @@ BY_HAND: dict[str, tuple[str, str]] = {
     "set a list": (CHILD + "set: [dtype]\n", "6:6: "),
     "set a wrong value": (CHILD + "set: {dtype: int8}\n", "6:14: 'int8' is not known here"),
     "set one_of": (CHILD + "set: {one_of: [none]}\n", "6:7: unknown key 'one_of'"),
-    "drop what is not there": (CHILD + "drop: [resident]\n", "6:8: low 1.0.0 has no resident"),
+    "drop what is not there": (CHILD + "drop: [resident]\n", "6:8: base 1.0.0 has no resident"),
     "drop a near name": (CHILD + "drop: [model_ofload]\n", "did you mean 'model_offload'?"),
     "drop nothing": (CHILD + "drop: []\n", "6:7: the list holds 0, and needs at least 1"),
     "drop a word": (CHILD + "drop: dtype\n", "6:7: "),
@@ -273,6 +274,7 @@ BY_HAND: dict[str, tuple[str, str]] = {
 def refused(text: str, folder: Path) -> str:
     """Return what is said of a bad profile, which must say where; it may take no longer than a second."""
     path = write(folder, "bad.yaml", text)
+    write(folder, "base.yaml", BASE)
     start = time.perf_counter()
     with pytest.raises(ProfileError) as caught:
         profiles.load(path, "bad.yaml")
@@ -379,7 +381,7 @@ def test_made(part: int, tmp_path: Path) -> None:
 
 def test_the_command_line_says_the_same_without_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [write(tmp_path, f"bad{i}.yaml", text) for i, (text, _) in enumerate(BY_HAND.values())]
-    for path in paths:
+    for path in (*paths, write(tmp_path, "base.yaml", BASE)):
         os.utime(path, (1_700_000_000, 1_700_000_000))
     assert cli.main(["profiles", "lint", *map(str, paths), "--format", "json"]) == 3
     said = capsys.readouterr()
