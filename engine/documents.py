@@ -214,11 +214,33 @@ def _yaml_problem(error: yaml.MarkedYAMLError, text: str) -> Problem:
     mark = error.problem_mark or error.context_mark
     what = str(error.problem or error.context or "this is not YAML")
     lines = text.splitlines()
+    if error.context == "while scanning a quoted scalar" and "end of stream" in what and error.context_mark:
+        begun = error.context_mark
+        return Problem(Place(begun.line + 1, begun.column + 1), "the quote that begins here is not closed")
     if mark is not None and lines and mark.line >= len(lines):
         # The text ended too early: the end of its last line is a place that can be shown.
         return Problem(Place(len(lines), len(lines[-1]) + 1), f"the document ends too early: {what}")
-    do = "indent with spaces, never with tabs" if "\\t" in what or "tab" in what else ""
-    return Problem(None if mark is None else Place(mark.line + 1, mark.column + 1), what, do)
+    if mark is None:
+        return Problem(None, what)
+    line = lines[mark.line] if mark.line < len(lines) else ""
+    if line[mark.column : mark.column + 1] == "\t" or "\\t" in what or "tab character" in what:
+        return Problem(Place(mark.line + 1, mark.column + 1), "found a tab character that indents", _SPACES)
+    do = next((hint for words, hint in _HINTS.items() if words in what), "")
+    return Problem(Place(mark.line + 1, mark.column + 1), what, do)
+
+
+_SPACES = "indent with spaces, never with tabs"
+_HINTS = {
+    "mapping values are not allowed": "put a text that holds ': ' in quotes; or check the line's indentation",
+    "alias": "put a text that begins with * in quotes",
+    "while scanning an anchor": "put a text that begins with & in quotes",
+    "alphabetic or numeric character": "put a text that begins with * or & in quotes",
+    "cannot start any token": "put a text that begins with such a character in quotes",
+    "did not find expected key": "check the line's indentation, and quotes within a text",
+    "did not find expected ',' or ']'": "check the brackets, and quotes within a text",
+    "did not find expected ',' or '}'": "check the braces, and quotes within a text",
+    "expected <document start>": "begin with `key: value`; a document of more lines than one is a mapping",
+}
 
 
 def _unreadable(error: yaml.YAMLError, text: str) -> Problem:
@@ -269,7 +291,7 @@ class _Builder:
                 self._error(key_node, "a key must be a plain word", "put the key in quotes")
                 continue
             key = str(key_node.value)
-            if key == "<<" and key_node.style is None:
+            if key == "<<" and not key_node.style:  # plain, and not in quotes
                 self._error(key_node, "merge keys (<<) are not read", "write the keys out")
                 continue
             if key in result:

@@ -59,7 +59,9 @@ def _validator(schema: str) -> Any:
 
     def pattern(validator: Any, wanted: str, value: Any, schema: dict[str, Any]) -> Iterator[ValidationError]:
         # A long text is refused unlooked at: a pattern that repeats groups takes 300 bytes for each of its characters.
-        if isinstance(value, str) and (len(value) > _LONGEST or re.search(wanted, value) is None):
+        # In Python `$` is also before a last line's end; in JSON Schema it is the end.
+        whole = wanted[:-1] + r"\Z" if wanted.endswith("$") else wanted
+        if isinstance(value, str) and (len(value) > _LONGEST or re.search(whole, value) is None):
             yield jsonschema.ValidationError(f"{_short(value)} does not match")
 
     extend: Callable[..., Any] = jsonschema.validators.extend

@@ -61,26 +61,26 @@ def test_list_says_where_each_is_from_and_what_it_shadows(run: Any, here: Path) 
     found = {(p["name"], p["source"]): p for p in json.loads(run("list", "--json")[1])}
     assert found["low", "profiles/team.yaml"]["shadows"] == ["built-in"]
     assert found["low", "built-in"]["shadowed_by"] == "profiles/team.yaml"
-    assert found["medium", "built-in"]["optimizers"] == ["dtype: auto", "vae_slicing", "resident"]
+    assert found["low", "profiles/team.yaml"]["optimizers"][:2] == ["dtype: auto", "vae_tiling"]
     assert "broken.yaml:1:2" in found["broken", "profiles/broken.yaml"]["error"]
 
 
 def test_show_tells_what_comes_of_a_parent(run: Any, here: Path) -> None:
-    path = team(
-        here / "profiles",
-        "schema: dg-run/profile@1\nname: ours\nversion: 1.0.0\nsummary: x\nextends: low\ndrop: [vae_slicing]\n",
-    )
+    team(here / "profiles")
+    head = "schema: dg-run/profile@1\nname: ours\nversion: 1.0.0\nsummary: x\n"
+    path = team(here / "profiles", head + "extends: team\ndrop: [group_offload]\n", "ours.yaml")
     code, out, _ = run("show", "ours")
     assert code == 0
-    head, *text = out.splitlines()
-    assert head == "# ours 1.0.0, profiles/team.yaml: valid"
+    first, *text = out.splitlines()
+    assert first == "# ours 1.0.0, profiles/ours.yaml: valid"
     assert text[:6] == path.read_text(encoding="utf-8").splitlines()
-    assert "#   match: from 7.20 GiB of free VRAM" in text
-    assert text[-4:] == [
+    assert text[7:] == [
+        "# with what it takes over from team:",
+        "#   match: from 7.20 GiB of free VRAM",
         "#   - dtype: auto",
-        "#   - model_offload",
+        "#   - vae_tiling",
         "# overridden:",
-        "#   vae_slicing of low 1.0.0: dropped",
+        "#   group_offload of team 1.2.3: dropped",
     ]
 
 

@@ -155,7 +155,7 @@ LAYERS = [
     "engine.cli.profiles.showing",
     "engine.cli.profiles.linting",
     "engine.cli.profiles.differing",
-    "engine.cli.profiles.testing",
+    "engine.cli.profiles.trying",
     "engine.cli.profiles.making",
     "engine.cli.profiles",
     "engine.cli",

@@ -108,7 +108,7 @@ BAD = {
         "",
     ),
     "missing": ("summary: ours\n", "", "1:1: the key 'summary' is missing", ""),
-    "tab": ("  - vae_tiling", "\t- vae_tiling", "found a tab character", "never with tabs"),
+    "tab": ("  - vae_tiling", "\t- vae_tiling", "9:1: found a tab character that indents", "never with tabs"),
     "duplicate-key": (
         "summary: ours",
         "summary: ours\nname: other",

@@ -52,6 +52,11 @@ def judge(slots: Sequence[Alternatives], otherwise: Place | None) -> Judged:
         return Judged((Problem(place, what, "split the profile, or leave alternatives out"),))
     reached: set[tuple[int, int]] = set()
     excluded = _Told(otherwise)
+    for slot in slots:
+        for alternative in slot:
+            excluded.repeats(alternative)
+    if excluded.problems:
+        return Judged(excluded.problems)  # twice in one breath is a slip, whatever else may be taken
     misplaced = _Told(otherwise)
     for chosen in itertools.product(*(range(len(s)) for s in slots)):
         taken = [p for slot, i in zip(slots, chosen, strict=True) for p in slot[i]]

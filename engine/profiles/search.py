@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from engine.documents import Document, DocumentError, Problem
@@ -51,8 +52,9 @@ class Search:
         self._results: dict[str, Result] = {}
         self.given: Entry | None = None
         if given is not None:
-            self._listed = [(p, f) for p, f in self._listed if not _is_in(given, f)]
             folder = Path(given.path).parent
+            real = os.path.realpath(folder)
+            self._listed = [(p, f) for p, f in self._listed if os.path.realpath(p.folder) != real]
             self._listed.insert(0, (Place(folder, str(folder)), ()))
             self.given = Entry(read(given), given.path, 0)
 
@@ -62,9 +64,11 @@ class Search:
         found = []
         for i, (place, files) in enumerate(self._listed):
             if i == 0 and self.given is not None:
-                own = self.given.raw.path
-                files = tuple(f for f in places.files(place) if Path(f.path) != Path(own))
-            found.append(tuple(_entries(place, files, i)))
+                own = os.path.normpath(self.given.raw.path)
+                entries = _entries(place, places.files(place), i)
+                found.append(tuple(e for e in entries if os.path.normpath(e.raw.path) != own))
+            else:
+                found.append(_entries(place, files, i))
         return tuple(found)
 
     def candidates(self, name: str, after: int = -1) -> Iterator[Entry]:
@@ -212,7 +216,12 @@ def error(entry: Entry, problems: Sequence[Problem]) -> ProfileError:
     return told
 
 
-def _entries(place: Place, files: Sequence[Found], shelf: int) -> Iterator[Entry]:
+@lru_cache(maxsize=64)
+def _entries(place: Place, files: tuple[Found, ...], shelf: int) -> tuple[Entry, ...]:
+    return tuple(_each(place, files, shelf))
+
+
+def _each(place: Place, files: Sequence[Found], shelf: int) -> Iterator[Entry]:
     for found in files:
         try:
             raw = read(found)
@@ -223,14 +232,6 @@ def _entries(place: Place, files: Sequence[Found], shelf: int) -> Iterator[Entry
             empty = Document(found.path, "", None, {}, {})
             raw = Raw(path=found.path, document=empty, problems=(problem,), name=Path(found.path).stem)
         yield Entry(raw, place.source(found.path), shelf)
-
-
-def _is_in(given: Found, files: Sequence[Found]) -> bool:
-    try:
-        own = Path(given.path).resolve()
-        return any(Path(f.path).resolve() == own for f in files)
-    except OSError:
-        return False
 
 
 def _not_valid(role: str, entry: Entry, problems: Sequence[Problem]) -> str:

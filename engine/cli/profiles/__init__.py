@@ -22,7 +22,7 @@ _HOMES = {
     "show": "showing",
     "lint": "linting",
     "diff": "differing",
-    "test": "testing",
+    "test": "trying",
     "new": "making",
     "schema": "making",
 }
