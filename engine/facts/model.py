@@ -11,6 +11,9 @@ from typing import Any
 from engine.facts import attention, widening
 from engine.values import FrozenDict
 
+WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor", "ImageProcessorPil")
+"""How classes end whose components have no weights."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Component:
@@ -57,6 +60,11 @@ class Model:
 
     def _config(self, *names: str) -> Mapping[str, Any]:
         return next((self.components[n].config for n in names if n in self.components), {})
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The components that have weights, by name, as far as their classes' names tell."""
+        return tuple(n for n, c in self.components.items() if not c.cls.endswith(WITHOUT_WEIGHTS))
 
     @property
     def vae_scale(self) -> int | None:

@@ -56,5 +56,5 @@ def in_order(steps: Iterable[Step]) -> tuple[Step, ...]:
 
 
 def placement(steps: Iterable[Step]) -> Step | None:
-    """Return the first step that says where the weights are, if any does."""
-    return next((s for s in steps if spec(s.name).is_placement), None)
+    """Return the step that says where the weights are that no other step names, if any does (`placing`)."""
+    return next((s for s in steps if spec(s.name).is_placement and s.params.get("components") is None), None)
