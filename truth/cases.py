@@ -96,6 +96,30 @@ _CHANGES = (None, None, None, _step("fuse_qkv"), _step("attention_slicing"), _st
 _SIDES = (32, 32, 64, 64, 96)
 _FRAMES = (1, 5, 9, 13, 17)
 
+TILES: dict[str, tuple[int, dict[str, int]]] = {
+    "cogvideox": (32, {}),
+    "flux": (64, {}),
+    "hunyuan_video": (16, {}),
+    "ltx": (64, {"height": 128, "width": 96}),
+    "sana": (16, {}),
+}
+"""By architecture: a tile in pixels that its VAE can have, smaller than the picture; and the picture where it is not
+the usual one. 32 for every other architecture."""
+_TILED = ("resident", "leaf, streamed")
+
+
+def every_tile(architectures: Iterable[str] | None = None) -> Iterator[Case]:
+    """Yield every architecture with its VAE in tiles that are smaller than the library's own, and a batch in slices."""
+    for name, placement in itertools.product(architectures or pipelines.ALL, _TILED):
+        tile, sizes = TILES.get(name, (32, {}))
+        tiled, is_batch = (
+            _step("vae_tiling", tile=tile),
+            placement != "resident" and "num_frames" not in _usual_call(name),
+        )
+        steps = (*((_step("vae_slicing"),) if is_batch else ()), tiled, PLACEMENTS[placement])
+        more = {"num_images_per_prompt": 2} if is_batch else {}
+        yield Case(architecture=name, steps=steps, call=FrozenDict(sizes | more))
+
 
 def every_placement(architectures: Iterator[str] | None = None) -> Iterator[Case]:
     """Yield every architecture under every placement, as it is usually called."""
@@ -160,9 +184,8 @@ def is_permitted(case: Case) -> bool:
 
 def acts(case: Case) -> bool:
     """Whether what would change the computing can act on the pipeline."""
-    changes = [s for s in case.steps if optimizers.spec(s.name).changes_computing]
     try:
-        for step in changes:
+        for step in optimizers.changing(case.steps):
             optimizers.get(step.name).apply(case.made()[0], step, Context(device="cpu", dtype=case.dtype))
     except IncompatibleError:
         return False

@@ -182,4 +182,4 @@ def _dtype(steps: Sequence[Step]) -> str:
 
 def _changes(steps: Sequence[Step]) -> tuple[Step, ...]:
     """Return the steps that change what is computed, and so what is traced."""
-    return tuple(s for s in steps if optimizers.spec(s.name).changes_computing)
+    return optimizers.changing(steps)

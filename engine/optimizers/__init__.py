@@ -55,6 +55,11 @@ def in_order(steps: Iterable[Step]) -> tuple[Step, ...]:
     return tuple(sorted(steps, key=lambda s: spec(s.name).slot))
 
 
+def changing(steps: Iterable[Step]) -> tuple[Step, ...]:
+    """Return the steps that change what is computed, and so what is traced."""
+    return tuple(s for s in steps if spec(s.name).changes(s))
+
+
 def placement(steps: Iterable[Step]) -> Step | None:
     """Return the step that says where the weights are that no other step names, if any does (`placing`)."""
     return next((s for s in steps if spec(s.name).is_placement and s.params.get("components") is None), None)

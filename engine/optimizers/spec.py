@@ -15,6 +15,8 @@ Pipeline = Any
 """A diffusers pipeline: its type is never imported here, so that reading a spec costs nothing."""
 
 MAX_NAMES, MAX_NAME_LENGTH = 64, 100
+_MOST = {"count": 1024, "pixels": 4096}
+"""The largest number of a kind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +24,7 @@ class Param:
     """One parameter: its type, its default, and (for words) its choices."""
 
     name: str
-    kind: Literal["word", "bool", "count", "names"]
+    kind: Literal["word", "bool", "count", "names", "pixels"]
     """"names" is a tuple of components' names, each once; None where none are named."""
     default: Any
     about: str
@@ -49,7 +51,7 @@ class Param:
                     "uniqueItems": True,
                     "items": {"type": "string", "minLength": 1, "maxLength": MAX_NAME_LENGTH},
                 }
-        return {"type": "integer", "minimum": 1, "maximum": 1024}
+        return {"type": "integer", "minimum": 1, "maximum": _MOST[self.kind]}
 
     def checked(self, owner: str, value: Any) -> Any:
         """Return `value` if it is one this parameter can have. Raises: UsageError."""
@@ -64,10 +66,13 @@ class Param:
                 return None if value is None else tuple(value)
             do = "give a list of components' names, each once, such as [vae]"
             raise UsageError(f"{owner}: {self.name} cannot be {value!r}", do=do)
-        is_bool = isinstance(value, bool)
-        if is_bool if self.kind == "bool" else isinstance(value, int) and not is_bool and 1 <= value <= 1024:
+        if value is None and self.default is None:
             return value
-        wanted = "true or false" if self.kind == "bool" else "a whole number from 1 to 1024"
+        is_bool = isinstance(value, bool)
+        most = _MOST.get(self.kind, 0)
+        if is_bool if self.kind == "bool" else isinstance(value, int) and not is_bool and 1 <= value <= most:
+            return value
+        wanted = "true or false" if self.kind == "bool" else f"a whole number from 1 to {most}"
         raise UsageError(f"{owner}: {self.name} cannot be {value!r}", do=f"give {wanted}")
 
 
@@ -102,6 +107,8 @@ class Spec:
     changes_computing: bool = False
     """Whether it changes which operators compute, or which weights there are: then a dry run applies it too. It must
     act on a pipeline without weights (on meta) as it does on a loaded one."""
+    changes_computing_with: str | None = None
+    """A parameter that changes what is computed where it is given: then a dry run applies it too (`apply_dry`)."""
     params: tuple[Param, ...] = ()
     planned_only: bool = False
     """Whether this version estimates a run with it, and does not make one."""
@@ -120,6 +127,10 @@ class Spec:
                 raise UsageError(f"{self.name} has no parameter {name!r}", do=did_you_mean(name, known))
         chosen = {n: p.checked(self.name, given.get(n, p.default)) for n, p in known.items()}
         return Step(name=self.name, params=FrozenDict({n: v for n, v in chosen.items() if v is not None}))
+
+    def changes(self, step: Step) -> bool:
+        """Whether a step of this optimizer changes what is computed, and so what is traced."""
+        return self.changes_computing or step.params.get(self.changes_computing_with or "") is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +169,8 @@ class Optimizer(Protocol):
 
     def verify(self, pipe: Pipeline, step: Step, context: Context) -> str:
         """Return one line of what is seen to hold on the pipeline. Raises: NotApplied."""
+
+    # apply_dry, where a module has it, takes the place of `apply` in a dry run.
 
 
 def nothing_to_load(step: Step, context: Context) -> dict[str, Any]:
