@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from engine import versions
-from engine.facts import attention, tiles, widening
+from engine.facts import attention, tiling, widening
 from engine.facts.model import Component, Model
 from engine.values import FrozenDict
 
@@ -63,7 +63,7 @@ def _widens_vae(facts: Facts, dtype: str | None) -> bool | None:
 
 def _tiles_to_another_size(facts: Facts, dtype: str | None) -> bool | None:
     vae = None if facts.model is None else facts.model.components.get("vae")
-    return None if vae is None else tiles.are_of_another_size(vae.cls, vae.config)
+    return None if vae is None else tiling.are_of_another_size(vae.cls, vae.config)
 
 
 TRAITS: dict[str, Trait] = {
