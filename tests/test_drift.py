@@ -12,6 +12,7 @@ import pytest
 
 import engine
 from engine import cli, drift, facts, lock, probe, profiles, validation, versions
+from engine import plan as plans
 from engine.check import OTHERWISE
 from engine.drift import Drift
 from engine.errors import HardwareError, IncompatibleError, ModelError, NothingFitsError
@@ -110,6 +111,19 @@ def test_no_card_at_all_is_refused(locked: engine.Lock) -> None:
     with pytest.raises(HardwareError) as caught:
         locked.plan(machine())
     assert f"GPU: {RTX_4090}, now none (no NVIDIA driver was found)" in str(caught.value)
+
+
+def test_a_refusal_names_everything_that_differs(locked: engine.Lock, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = dataclasses.replace(embedded.model(), revision="0123456789ab")
+    monkeypatch.setattr(facts, "find", lambda *_: changed)
+    now = dict(versions.snapshot()) | {"torch": "3.0.0"}
+    monkeypatch.setattr(versions, "snapshot", lambda: now)
+    with pytest.raises(ModelError) as caught:
+        locked.plan(machine())
+    first, second, third = caught.value.why.splitlines()
+    assert first.startswith("model revision: ")
+    assert second.strip().startswith(f"GPU: {RTX_4090}, now none")
+    assert third.strip().startswith("beside that, torch: 2.13")
 
 
 @pytest.mark.parametrize("short", [1, 300 * MIB])
@@ -276,6 +290,38 @@ def test_a_profile_that_changed_is_a_warning_and_the_locks_own_list_is_run(tmp_p
     (found,) = made.drift(with_card())
     assert (found.new, found.severity) == (None, "warn")
     assert made.plan(with_card()).optimizers == made.optimizers
+
+
+def test_a_teams_profile_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "profiles").mkdir()
+    path = write(tmp_path / "profiles", "team.yaml", GOOD)
+    monkeypatch.chdir(tmp_path)
+    made = lock.of(engine.resolve(hardware=with_card(), profile="team"))
+    assert made.profile is not None
+    assert (made.profile.name, made.profile.source) == ("team", "file")
+    assert made.profile.content is not None
+    assert str(tmp_path) not in made.text()
+    plan = made.plan(with_card())
+    assert (lock.of(plan), made.check(with_card()).facts) == (made, ())
+    edited(path, "1.2.3", "1.2.4")
+    assert [d.name for d in made.drift(with_card())] == ["profile team"]
+    monkeypatch.chdir(tmp_path / "profiles")  # where there is no such folder
+    (found,) = made.drift(with_card())
+    assert (found.name, found.new, found.severity) == ("profile team", None, "warn")
+
+
+def test_a_profile_that_another_one_fell_back_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "profiles").mkdir()
+    first = GOOD.replace("name: team", "name: first") + "fallback: team\n"
+    write(tmp_path / "profiles", "first.yaml", first)
+    write(tmp_path / "profiles", "team.yaml", GOOD)
+    monkeypatch.chdir(tmp_path)
+    asked = engine.resolve(hardware=with_card(), profile="first")
+    back = dataclasses.replace(asked, profile=engine.resolve(hardware=with_card(), profile="team").profile)
+    made = lock.of(dataclasses.replace(back, digest=plans.digest(back.request, back.profile, back.optimizers)))
+    assert made.profile is not None
+    assert made.profile.name == "team"
+    assert made.drift(with_card()) == ()
 
 
 def test_a_profiles_words_are_not_its_content(tmp_path: Path) -> None:
