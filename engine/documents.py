@@ -94,34 +94,36 @@ class DocumentError(Exception):
     def told(self, kind: type[DgRunError], what: str) -> DgRunError:
         """Return an error of `kind` that shows every problem with its file, line, column and the line itself."""
         lines = self.text.splitlines()
-        told = [self._shown(p, lines) for p in self.problems[:MAX_PROBLEMS]]
+        told = [shown_at(self.source, p, lines) for p in self.problems[:MAX_PROBLEMS]]
         if len(self.problems) > MAX_PROBLEMS:
             told.append(f"{self.source}: and {len(self.problems) - MAX_PROBLEMS} more")
         return kind(f"{self.source}: {what}", "\n       ".join(told), self._remedy())
-
-    def _shown(self, problem: Problem, lines: Sequence[str]) -> str:
-        what = problem.what if len(problem.what) <= MAX_WORDS else problem.what[: MAX_WORDS - 3] + "..."
-        if problem.place is None:
-            return f"{self.source}: {what}"
-        line = lines[problem.place.line - 1] if problem.place.line <= len(lines) else ""
-        told = f"{self.source}:{problem.place.line}:{problem.place.column}: {what}"
-        if not line.strip():
-            return told
-        # A line of a thousand columns helps nobody: show the stretch around the place.
-        start = max(0, problem.place.column - 60)
-        stretch = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line[start : start + 100])
-        return f"{told}\n         | {stretch}\n         | {' ' * (problem.place.column - 1 - start)}^"
 
     def _remedy(self) -> str:
         return "; ".join(dict.fromkeys(p.do for p in self.problems[:MAX_PROBLEMS] if p.do))
 
 
-def read_text(path: Path) -> str:
+def shown_at(source: str, problem: Problem, lines: Sequence[str], kind: str = "") -> str:
+    """Return a problem with its file, line and column, and below it the line itself with a mark."""
+    what = kind + (problem.what if len(problem.what) <= MAX_WORDS else problem.what[: MAX_WORDS - 3] + "...")
+    if problem.place is None:
+        return f"{source}: {what}"
+    line = lines[problem.place.line - 1] if problem.place.line <= len(lines) else ""
+    told = f"{source}:{problem.place.line}:{problem.place.column}: {what}"
+    if not line.strip():
+        return told
+    # A line of a thousand columns helps nobody: show the stretch around the place.
+    start = max(0, problem.place.column - 60)
+    stretch = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line[start : start + 100])
+    return f"{told}\n         | {stretch}\n         | {' ' * (problem.place.column - 1 - start)}^"
+
+
+def read_text(path: Path, most_bytes: int = MAX_FILE_BYTES) -> str:
     """Return a small UTF-8 file's text. Raises: DocumentError, when it is too large or not text; OSError."""
     with path.open("rb") as file:
-        raw = file.read(MAX_FILE_BYTES + 1)
-    if len(raw) > MAX_FILE_BYTES:
-        raise DocumentError(str(path), "", [Problem(None, f"the file is larger than {MAX_FILE_BYTES:,} bytes")])
+        raw = file.read(most_bytes + 1)
+    if len(raw) > most_bytes:
+        raise DocumentError(str(path), "", [Problem(None, f"the file is larger than {most_bytes:,} bytes")])
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -171,17 +173,17 @@ def parse(text: str, source: str) -> Document:
     return document
 
 
-def inspect(text: str, source: str) -> tuple[Document, Sequence[Problem]]:
+def inspect(text: str, source: str, most: int = MAX_VALUES) -> tuple[Document, Sequence[Problem]]:
     """Return the document in `text` without what is wrong in it, and what that is: for whoever has more to say of it.
 
-    Raises: DocumentError, when it cannot be read at all.
+    Raises: DocumentError, when it cannot be read at all, or holds more than `most` values.
     """
     try:
-        _refuse_too_many(text, source)
+        _refuse_too_many(text, source, most)
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
-            builder = _Builder(source, text, loader)
+            builder = _Builder(source, text, loader, most)
             value = None if node is None else builder.build(node, (), 0)
         finally:
             loader.dispose()
@@ -194,17 +196,17 @@ def inspect(text: str, source: str) -> tuple[Document, Sequence[Problem]]:
     return Document(source, text, value, builder.values, builder.keys), builder.problems
 
 
-def _refuse_too_many(text: str, source: str) -> None:
+def _refuse_too_many(text: str, source: str, most: int) -> None:
     """Refuse a large text of many or deeply nested values before a node is made of each: nodes are two hundred times
     as large as their text."""
-    if len(text) <= MAX_VALUES:
+    if len(text) <= most:
         return
     depth = count = 0
     for event in yaml.parse(text, Loader=_Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         count += isinstance(event, yaml.NodeEvent)
-        if count > MAX_VALUES or depth > MAX_DEPTH:
-            limit = f"more than {MAX_VALUES:,} values" if count > MAX_VALUES else f"more than {MAX_DEPTH} levels"
+        if count > most or depth > MAX_DEPTH:
+            limit = f"more than {most:,} values" if count > most else f"more than {MAX_DEPTH} levels"
             raise DocumentError(source, text, [Problem(_place(event), f"the document holds {limit}")])
 
 
@@ -229,7 +231,8 @@ def _unreadable(error: yaml.YAMLError, text: str) -> Problem:
 
 
 class _Builder:
-    def __init__(self, source: str, text: str, loader: Any) -> None:
+    def __init__(self, source: str, text: str, loader: Any, most: int) -> None:
+        self.most = most
         self.source = source
         self.text = text
         self.loader = loader
@@ -244,8 +247,8 @@ class _Builder:
     def build(self, node: yaml.Node, path: Path_, depth: int) -> Any:
         # Counted as expanded, so that ten lines of aliases to aliases stop here and not in memory.
         self.count += 1
-        if self.count > MAX_VALUES or depth > MAX_DEPTH:
-            limit = f"more than {MAX_VALUES:,} values" if self.count > MAX_VALUES else f"more than {MAX_DEPTH} levels"
+        if self.count > self.most or depth > MAX_DEPTH:
+            limit = f"more than {self.most:,} values" if self.count > self.most else f"more than {MAX_DEPTH} levels"
             self._error(node, f"the document holds {limit} once its aliases are followed")
             raise DocumentError(self.source, self.text, self.problems)
         self.values[path] = _place(node)

@@ -191,6 +191,8 @@ def _rejected(rejections: Sequence[Rejection]) -> str:
     """Return a line a run, the nearest first: profiles that come to the same run for the same reason share it."""
     shared: dict[tuple[str, str], list[Rejection]] = {}
     for rejection in rejections:
+        if rejection.rule == "same":
+            continue  # another profile's name for what was taken
         is_whole = rejection.rule.startswith("match.")  # the profile as such, and not one of its alternatives
         run = "" if is_whole else _run(rejection.optimizers)
         shared.setdefault((run, rejection.because), []).append(rejection)
@@ -206,10 +208,10 @@ def _named(run: str, several: Sequence[Rejection]) -> str:
     return f"{run} ({names})" if run else names
 
 
-def _order(rejection: Rejection) -> tuple[int, int]:
+def _order(rejection: Rejection) -> tuple[int, float]:
     """Return where a rejection stands: what fits and costs more, what is short of memory, what a rule forbids."""
     if rejection.rule == "preferred":
-        return 0, 0
+        return 0, rejection.seconds or 0.0
     if rejection.rule.startswith("estimate."):
         return 1, rejection.short_bytes or 0
     return (3, 0) if rejection.rule.startswith("match.") else (2, 0)

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 
 _MOST = 200
+# No text that has a form is longer.
+_LONGEST = 4_096
 
 
 @cache
@@ -45,11 +48,22 @@ def check_once(document: Document, schema: str) -> None:
 
 def problems(document: Document, schema: str) -> list[Problem]:
     """Return what speaks against `document`, in the order of its places; of very much the beginning."""
-    import jsonschema
-
-    validator = jsonschema.Draft202012Validator(json.loads(schema_text(schema)))
+    validator = _validator(schema)
     found = itertools.chain.from_iterable(_told(document, e) for e in validator.iter_errors(document.value))
     return in_order(itertools.islice(found, _MOST))
+
+
+@cache
+def _validator(schema: str) -> Any:
+    import jsonschema
+
+    def pattern(validator: Any, wanted: str, value: Any, schema: dict[str, Any]) -> Iterator[ValidationError]:
+        # A long text is refused unlooked at: a pattern that repeats groups takes 300 bytes for each of its characters.
+        if isinstance(value, str) and (len(value) > _LONGEST or re.search(wanted, value) is None):
+            yield jsonschema.ValidationError(f"{_short(value)} does not match")
+
+    extend: Callable[..., Any] = jsonschema.validators.extend
+    return extend(jsonschema.Draft202012Validator, {"pattern": pattern})(json.loads(schema_text(schema)))
 
 
 def problems_once(document: Document, schema: str) -> list[Problem]:

@@ -318,6 +318,8 @@ class Rejection:
     short_bytes: int | None
     because: str
     remedy: str
+    seconds: float | None = None
+    """What it would take, or take at the least; None where it is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

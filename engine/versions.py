@@ -47,6 +47,13 @@ def cudnn() -> tuple[int, ...] | None:
 
 
 @cache
+def torch() -> tuple[int, int] | None:
+    """Return the installed torch's version, the first two of its numbers; None where there is none."""
+    found = re.match(r"(\d+)\.(\d+)", installed("torch") or "")
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+@cache
 def cuda() -> str | None:
     """Return the CUDA version that torch was built for, as "13.0"; None for a torch without CUDA, or without torch.
 

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from engine import probe
 from engine.estimate import store
 from engine.values import Gpu, Hardware, Host
+
+# How long an example takes is no property of the code: machines that test are busy.
+settings.register_profile("dg-run", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("dg-run")
 
 GIB = 1024**3
 RTX_4090 = "GeForce RTX 4090"

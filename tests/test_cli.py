@@ -308,7 +308,7 @@ def test_profiles_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert "  - model_offload" in out
     assert "did you mean 'list'?" in refused(capsys, 2, "profiles", "lisst")
-    assert "takes one name" in refused(capsys, 2, "profiles", "show")
+    assert "are required: NAME|FILE" in refused(capsys, 2, "profiles", "show")
 
 
 def test_an_internal_error_is_a_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

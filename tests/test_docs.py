@@ -11,11 +11,13 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
 import engine
-from engine import lock, optimizers, profiles
+from engine import lock, optimizers, profiles, scenarios
+from engine.cli import profiles as profiles_command
 from engine.cli.options import COMMANDS, Parser
-from engine.errors import ProfileError
+from engine.errors import DgRunError
 from tests.conftest import write
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +32,8 @@ def _blocks(kind: str) -> Iterator[tuple[str, str]]:
 
 def _parser(words: list[str]) -> tuple[Parser, list[str]]:
     name = words.pop(0) if words and words[0] in COMMANDS else "generate"
+    if name == "profiles":
+        return profiles_command.parser(words.pop(0)), words
     made: Parser = import_module(f"engine.cli.{name}").parser()
     return made, words
 
@@ -53,10 +57,16 @@ def test_there_are_commands_in_the_documentation() -> None:
 
 
 @pytest.mark.parametrize(("page", "text"), [(p, t) for p, t in _blocks("yaml") if "schema: dg-run/lock@" not in t])
-def test_a_profile_in_the_documentation_is_valid(page: str, text: str, tmp_path: Path) -> None:
+def test_a_profile_or_scenario_in_the_documentation_is_valid(page: str, text: str, tmp_path: Path) -> None:
+    path = write(tmp_path, "example.yaml", text)
     try:
-        profiles.load(write(tmp_path, "example.yaml", text), page)
-    except ProfileError as error:
+        if "dg-run/profile@" in text:
+            profiles.load(path, page)
+        elif text.startswith("why:"):
+            scenarios.load(path)
+        else:
+            yaml.safe_load(text)  # for another program: pre-commit, or a CI
+    except DgRunError as error:
         pytest.fail(str(error))
 
 
@@ -72,8 +82,10 @@ def test_python_in_the_documentation_compiles(page: str, text: str) -> None:
 
 def test_every_option_is_in_the_reference() -> None:
     text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
-    for name in ("generate", *COMMANDS):
-        for action in import_module(f"engine.cli.{name}").parser()._actions:
+    parsers = [import_module(f"engine.cli.{name}").parser() for name in ("generate", *COMMANDS)]
+    parsers += [profiles_command.parser(action) for action in profiles_command.ACTIONS]
+    for made in parsers:
+        for action in made._actions:
             for option in action.option_strings:
                 if option.startswith("--") and option not in ("--help", "--version"):
                     assert f"`{option}" in text or f" {option}" in text, option

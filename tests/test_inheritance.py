@@ -218,11 +218,11 @@ def test_fallbacks_that_go_round_are_refused(here: Path) -> None:
 def test_a_chain_of_fallbacks_is_given_in_its_order(here: Path) -> None:
     put(here / "profiles", "a", "fallback: b\noptimizers: [resident]\n")
     put(here / "profiles", "b", "fallback: low\noptimizers: [model_offload]\n")
-    assert [p.name for p in profiles.chain("a")] == ["a", "b", "low"]
-    assert [p.name for p in profiles.chain("low")] == ["low"]
+    assert [p.name for p in profiles.chain("a")] == ["a", "b", "low", "extreme-low"]
+    assert [p.name for p in profiles.chain("cpu")] == ["cpu"]
     given = put(here / "elsewhere", "x", "fallback: y\noptimizers: [resident]\n")
     put(here / "elsewhere", "y", "fallback: a\noptimizers: [resident]\n")
-    assert [p.name for p in profiles.chain(str(given))] == ["x", "y", "a", "b", "low"]
+    assert [p.name for p in profiles.chain(str(given))] == ["x", "y", "a", "b", "low", "extreme-low"]
 
 
 def test_a_fallback_further_down_that_is_not_there_or_not_valid(here: Path) -> None:
@@ -251,25 +251,33 @@ def test_a_tower_of_ancestors_is_bounded(here: Path) -> None:
 
 
 def test_the_order_of_the_search(here: Path, tmp_path: Path) -> None:
-    folders = [
-        here / "profiles",
-        here.parent / ".dg-run" / "profiles",
-        tmp_path / "config" / "profiles",
-    ]
+    folders = {
+        "profiles/low.yaml": here / "profiles",
+        str(here.parent / ".dg-run" / "profiles" / "low.yaml"): here.parent / ".dg-run" / "profiles",
+        str(tmp_path / "config" / "profiles" / "low.yaml"): tmp_path / "config" / "profiles",
+    }
     above = tmp_path / ".dg-run" / "profiles"  # further up than the project's own: not looked into
-    for folder in (*folders, above):
+    for folder in (*folders.values(), above):
         put(folder, "low", "optimizers: [resident]\n")
     put(above, "above", "optimizers: [resident]\n")
-    for i, folder in enumerate(folders):
-        assert profiles.find("low").source == str(folder / "low.yaml")
+    sources = [*folders, "built-in"]
+    for i, source in enumerate(folders):
+        assert profiles.find("low").source == source
         found = {f.source: f for f in profiles.listed() if f.name == "low"}
-        later = [str(f / "low.yaml") for f in folders[i + 1 :]]
-        assert found[str(folder / "low.yaml")].shadows == (*later, "built-in")
-        assert found["built-in"].shadowed_by == str(folder / "low.yaml")
-        assert [p.source for p in profiles.visible() if p.name == "low"] == [str(folder / "low.yaml")]
+        assert found[source].shadows == tuple(sources[i + 1 :])
+        assert found["built-in"].shadowed_by == source
+        assert [p.source for p in profiles.visible() if p.name == "low"] == [source]
         assert "above" not in [p.name for p in profiles.visible()]
-        (folder / "low.yaml").unlink()
+        (folders[source] / "low.yaml").unlink()
     assert profiles.find("low").source == "built-in"
+
+
+def test_a_source_below_home_does_not_name_its_owner(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    put(tmp_path / "config" / "profiles", "mine", "optimizers: [resident]\n")
+    assert profiles.find("mine").source == "~/config/profiles/mine.yaml"
 
 
 def test_what_is_visible_has_a_fixed_order(here: Path) -> None:
@@ -280,10 +288,11 @@ def test_what_is_visible_has_a_fixed_order(here: Path) -> None:
 
 
 def test_a_profile_may_extend_the_built_in_one_of_its_name(here: Path, tmp_path: Path) -> None:
+    _, _, *rest = shown(profiles.find("low"))
     put(here / "profiles", "low", "extends: low\ndrop: [vae_slicing]\n")
-    assert shown(profiles.find("low")) == ["dtype: auto", "model_offload"]
+    assert shown(profiles.find("low")) == ["dtype: auto", *rest]
     put(tmp_path / "config" / "profiles", "low", "extends: low\nset: {dtype: float16}\n")
-    assert shown(profiles.find("low")) == ["dtype: float16", "model_offload"]
+    assert shown(profiles.find("low")) == ["dtype: float16", *rest]
     assert [line.partition(" of ")[0] for line in profiles.find("low").overridden] == ["dtype", "vae_slicing"]
 
 
@@ -292,9 +301,10 @@ def test_a_file_given_by_its_path_sees_those_beside_it_first(here: Path) -> None
     put(here / "other", "base", "optimizers: [model_offload]\n")
     path = put(here / "other", "child", "extends: base\n")
     assert shown(profiles.find(str(path))) == ["model_offload"]
+    whole = shown(profiles.find("low"))
     own = put(here / "profiles", "low", "extends: low\n")
-    assert shown(profiles.find(str(own))) == ["dtype: auto", "vae_slicing", "model_offload"]
-    assert shown(profiles.find("profiles/low.yaml")) == ["dtype: auto", "vae_slicing", "model_offload"]
+    assert shown(profiles.find(str(own))) == whole
+    assert shown(profiles.find("profiles/low.yaml")) == whole
 
 
 def test_two_files_of_one_folder_with_one_name_are_both_refused(here: Path) -> None:
@@ -311,7 +321,9 @@ def test_a_broken_file_breaks_nobody_else_and_nothing_comes_in_its_place(here: P
     assert [p.name for p in profiles.visible()] == ["extreme-low", "hi-res", "medium", "max", "cpu"]
     assert [(b.name, b.path.name) for b in profiles.broken()] == [("low", "low.yaml"), ("notes", "notes.yml")]
     assert "'vae_tilling' is not known here" in refused("low")
-    assert profiles.find("medium").source == "built-in"
+    # By name it goes on with its fallbacks, and one of those is broken: then it is told.
+    assert "low.yaml" in refused("medium")
+    assert profiles.find("cpu").source == "built-in"
 
 
 def test_what_is_no_readable_file_is_broken_or_passed_over(here: Path) -> None:
@@ -357,7 +369,7 @@ def test_the_users_folder(here: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv(variable, str(tmp_path))
     folder = tmp_path / "dg-run" if variable == "XDG_CONFIG_HOME" else tmp_path / ".config" / "dg-run"
     put(folder / "profiles", "mine", "optimizers: [resident]\n")
-    assert profiles.find("mine").source == str(folder / "profiles" / "mine.yaml")
+    assert Path(profiles.find("mine").source).expanduser() == folder / "profiles" / "mine.yaml"
 
 
 # What it costs.

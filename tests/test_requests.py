@@ -143,14 +143,14 @@ def test_a_call_that_is_nested_beyond_reason_is_refused(answers: Any) -> None:
 def test_a_mistake_of_ours_in_one_answer_keeps_nobody_from_the_others(
     answers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = requests._plan
+    real = requests.arguments
 
     def broken(request: Any) -> Any:
         if request.get("height") == 64:
             raise ZeroDivisionError("oops")
         return real(request)
 
-    monkeypatch.setattr(requests, "_plan", broken)
+    monkeypatch.setattr(requests, "arguments", broken)
     first, second = answers(line(id="a", height=64), line(id="b"))
     assert (first["id"], first["error"]["code"]) == ("a", 1)
     assert "ZeroDivisionError: oops" in first["error"]["what"]

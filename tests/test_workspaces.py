@@ -143,8 +143,8 @@ def test_before_ampere_the_memory_efficient_kernel_takes_the_place_of_the_flash_
 def test_products_share_one_workspace_for_good() -> None:
     """2 x 4096 KiB + 8 x 16 KiB = 8320 KiB; from 9.0 on 32 MiB."""
     product = Work("matmul", "float16", (1, 8, 8, 8), 0)
-    assert workspaces.taken(product, (8, 6)) == Taken(for_good_bytes=8320 * 1024)
-    assert workspaces.taken(product, (9, 0)) == workspaces.taken(product, (12, 0)) == Taken(for_good_bytes=32 * MIB)
+    assert workspaces.taken(product, (8, 6)) == Taken(for_good_bytes=(8320 * 1024,))
+    assert workspaces.taken(product, (9, 0)) == workspaces.taken(product, (12, 0)) == Taken(for_good_bytes=(32 * MIB,))
 
 
 def test_what_only_moves_bytes_takes_nothing() -> None:

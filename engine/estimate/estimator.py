@@ -53,6 +53,7 @@ class Estimator:
         self._stored = {n: c.stored_dtype for n, c in model.components.items()}
         self._card = None if gpu is None else store.card_key(gpu, request, self._stored, self._measured_by)
         self._speed: Speeds | None = None
+        self._beside: dict[tuple[str, ...], tuple[Estimator, Estimator, float] | None] = {}
         self._found: dict[str, Estimate] = {}
         self._bounded: dict[tuple[str, ...], tuple[Bounds, dict[str, float] | None] | None] = {}
 
@@ -235,6 +236,21 @@ class Estimator:
 
     def _between(self, steps: Sequence[Step]) -> Estimate | None:
         """Return what lies between the nearest sizes whose traces are there; None where one side has none."""
+        neighbours = self._neighbours(_dtype(steps), _changes(steps))
+        if neighbours is None:
+            return None
+        low, high = (estimator(steps) for estimator in neighbours[:2])
+        self.because = None
+        return between(low, high, neighbours[2])
+
+    def _neighbours(self, dtype: str, changes: tuple[Step, ...]) -> tuple[Estimator, Estimator, float] | None:
+        """Return what estimates the nearest smaller and larger picture, and where between them this one lies."""
+        asked_for = dtype, *map(str, changes)
+        if asked_for not in self._beside:
+            self._beside[asked_for] = self._looked_for(dtype, changes)
+        return self._beside[asked_for]
+
+    def _looked_for(self, dtype: str, changes: tuple[Step, ...]) -> tuple[Estimator, Estimator, float] | None:
         usual, pixels = self.model.defaults, self.request.pixels
         if pixels is None:
             return None
@@ -245,7 +261,7 @@ class Estimator:
         above: tuple[int, Request] | None = None
         for height, width in sorted(sizes, key=lambda size: size[0] * size[1]):
             asked = dataclasses.replace(self.request, height=height, width=width)
-            if store.known(store.key(self.model, asked, _dtype(steps), _changes(steps))) is None:
+            if store.known(store.key(self.model, asked, dtype, changes)) is None:
                 continue
             if height * width <= pixels:
                 below = height * width, asked
@@ -254,11 +270,9 @@ class Estimator:
         if below is None or above is None:
             return None
         low, high = (
-            Estimator(self.model, asked, self.gpu, None, calibration=self.calibration)(steps)
-            for _, asked in (below, above)
+            Estimator(self.model, asked, self.gpu, None, calibration=self.calibration) for _, asked in (below, above)
         )
-        self.because = None
-        return between(low, high, (pixels - below[0]) / (above[0] - below[0]))
+        return low, high, (pixels - below[0]) / (above[0] - below[0])
 
     def save(self) -> None:
         """Keep the answers that are new."""

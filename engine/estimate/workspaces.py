@@ -23,8 +23,10 @@ from engine.units import MIB
 _LIBRARIES = Path(__file__).parents[1] / "gpus" / "libraries.json"
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _INDEX_MAX = 2**31 - 1
-_CHANNELS_TOGETHER = 8
-"""Converted tensors have whole groups of eight channels."""
+_CHANNELS_BYTES = 16
+"""Converted tensors have whole groups of channels of so many bytes: measured on 9.0, 3 channels as 8 and as 4."""
+_SHARED_FROM = (2, 12)
+"""The version of torch from which on cublasLt's products use the workspace of cuBLAS."""
 _ALIKE_BYTES, _ALIKE_SHARE = 2 * MIB, 0.02
 """A workspace that was measured is explained by what differs from it by no more: cuDNN takes a little beside."""
 
@@ -58,9 +60,9 @@ def taken(
     """Return what one operator takes on a card of this capability, with so many multiprocessors, as calibrated."""
     match work.kind:
         case "matmul":
-            # One workspace a handle and stream, kept. cublasLt shares it from torch 2.11 on.
+            # One workspace a handle and stream, kept.
             table = _libraries()["cublas_workspace_bytes"]
-            return Taken(for_good_bytes=int(_by_capability(table, capability)["value"]))
+            return Taken(for_good_bytes=(int(_by_capability(table, capability)["value"]), *_cublaslt_bytes()))
         case "conv":
             if columns := _columns_bytes(work):
                 return Taken(bytes=columns)
@@ -68,6 +70,15 @@ def taken(
         case "attention":
             return Taken(bytes=attention_bytes(work, capability, multiprocessors))
     return Taken()
+
+
+def _cublaslt_bytes() -> tuple[int, ...]:
+    """Return the workspace of cublasLt, where it does not share that of cuBLAS.
+
+    Measured with torch 2.11 on an H200, and executed by its CUDA build without a card (`truth/phantom`): 1 MiB more.
+    """
+    version = versions.torch()
+    return (MIB,) if version is not None and version < _SHARED_FROM else ()
 
 
 def _columns_bytes(work: Work) -> int:
@@ -87,7 +98,22 @@ def _columns_bytes(work: Work) -> int:
 
 def convolution_bytes(work: Work, capability: tuple[int, int], calibration: Calibration | None = None) -> int:
     """Return the workspace of cuDNN's first choice for a convolution of planar tensors."""
+    if is_product(work, capability):
+        return 0
     return converted_bytes(work, converts(_kind(work.dtype), capability, calibration))
+
+
+def is_product(work: Work, capability: tuple[int, int]) -> bool:
+    """Whether cuDNN computes a convolution as a product of matrices over the planar tensors as they are.
+
+    Such a one has filters of one pixel and no stride, and planes of whole 16 bytes, which the product's loads want.
+    """
+    if not _by_capability(_libraries()["convolution"]["pointwise"], capability)["is_product"]:
+        return False
+    per_dimension = (len(work.dims) - 5) // 5
+    size_in, kernel, stride = (work.dims[5 + i * per_dimension : 5 + (i + 1) * per_dimension] for i in range(3))
+    is_plain = work.dims[3:5] == (1, 0) and max(kernel) == max(stride) == 1
+    return is_plain and math.prod(size_in) * _ITEM_BYTES.get(work.dtype, 1) % _CHANNELS_BYTES == 0
 
 
 def _kind(dtype: str) -> str:
@@ -143,16 +169,19 @@ def converted_bytes(work: Work, names: Sequence[str]) -> int:
     if batch * channels_out * size_out > _INDEX_MAX:
         return 0
     kernel = math.prod(work.dims[5 + per_dimension : 5 + 2 * per_dimension])
+    padded_in, padded_out = (_padded(channels, item) for channels in (channels_in, channels_out))
     sizes = {
-        "input": batch * size_in * _padded(channels_in) * item,
-        "output": batch * size_out * _padded(channels_out) * item,
+        "input": batch * size_in * padded_in * item,
+        "output": batch * size_out * padded_out * item,
     }
-    filters = _padded(channels_in) * _padded(channels_out) // groups * kernel * item
+    # Filters of one pixel are the same in both layouts.
+    filters = padded_in * padded_out // groups * kernel * item if kernel > 1 else 0
     return sum(sizes[name] for name in names) + filters
 
 
-def _padded(channels: int) -> int:
-    return -(-channels // _CHANNELS_TOGETHER) * _CHANNELS_TOGETHER
+def _padded(channels: int, item_bytes: int) -> int:
+    together = _CHANNELS_BYTES // item_bytes
+    return -(-channels // together) * together
 
 
 def attention_bytes(work: Work, capability: tuple[int, int], multiprocessors: int | None = None) -> int:

@@ -17,14 +17,30 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from engine import validation
+from engine.documents import Problem
 from engine.errors import ProfileError
-from engine.profiles import places, rules, search
-from engine.profiles.places import BUILT_IN, Found, Place
+from engine.profiles import places, search
+from engine.profiles.places import BUILT_IN, Found, Place, only
 from engine.profiles.search import Entry, Search
 from engine.values import Profile
-from engine.words import did_you_mean
+from engine.words import did_you_mean, listing
 
-__all__ = ["BUILT_IN", "Listed", "broken", "built_in", "chain", "find", "listed", "load", "unreachable", "visible"]
+__all__ = [
+    "BUILT_IN",
+    "Examined",
+    "Listed",
+    "broken",
+    "built_in",
+    "chain",
+    "examine",
+    "find",
+    "is_path",
+    "listed",
+    "load",
+    "only",
+    "visible",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,17 +118,31 @@ def chain(name: str) -> tuple[Profile, ...]:
     return (first,) if entry is None else (first, *(made.profile(e) for e in made.fallbacks(entry)))
 
 
-def unreachable(path: Path) -> tuple[tuple[int, int, str], ...]:
-    """Return (line, column, words) of the alternatives of a valid profile that no combination allows."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Examined:
+    """What is to be said of one file. Lines and columns of problems are those of `text`."""
+
+    path: Path
+    text: str
+    profile: Profile | None
+    problems: tuple[Problem, ...]
+    warnings: tuple[Problem, ...]
+    """What is not wrong, and surely not meant."""
+
+
+def examine(path: Path) -> Examined:
+    """Return everything that is to be said of a file. Raises: ProfileError, when it cannot be read."""
     made, entry = _given(path, str(path))
     result = made.result(entry)
-    found = []
-    for where in result.unreachable if result.made is not None else ():
-        assert result.made is not None
-        place, words = rules.told(result.made.slots, where)
-        if place is not None:
-            found.append((place.line, place.column, words))
-    return tuple(found)
+    beside = [e.source for e in made.shelves[0] if e.name == entry.name]
+    twice = Problem(entry.raw.place("name"), f"the name {entry.name!r} is also that of {listing(beside)}", "rename one")
+    return Examined(
+        path=path,
+        text=entry.raw.document.text,
+        profile=None if result.made is None or beside else result.made.profile,
+        problems=tuple(validation.in_order((*result.problems, *([twice] if beside else [])))),
+        warnings=tuple(validation.in_order(result.warnings)),
+    )
 
 
 _State = tuple[tuple[Place, tuple[Found, ...]], ...]
@@ -143,7 +173,7 @@ def _listed(state: _State) -> tuple[Listed, ...]:
             sources.setdefault(entry.name, []).append(entry)
     found = []
     for entry in (e for shelf in made.shelves for e in shelf):
-        result = made.result(entry)
+        result = made.result(entry, for_name=False)
         is_first = first[entry.name].shelf == entry.shelf
         found.append(
             Listed(

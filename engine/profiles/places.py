@@ -20,10 +20,14 @@ _FRESH_NS = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A folder of profiles. `label` is how its files' sources are told; "" is their own path."""
+    """A folder of profiles, and how it is told: plans and pictures carry that, so it is no longer than it must be."""
 
     folder: Path
-    label: str = ""
+    told: str
+
+    def source(self, path: str) -> str:
+        """Return how a file of this place is told."""
+        return BUILT_IN if self.told == BUILT_IN else str(Path(self.told) / Path(path).name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +52,7 @@ def order() -> tuple[Place, ...]:
     if chosen is not None:
         return chosen
     shipped = built_in()
-    found = [Place(folder) for folder in _of_the_user()]
+    found = [Place(folder, _told(folder)) for folder in _of_the_user()]
     # In a checkout of dg-run itself ./profiles is the shipped folder.
     return (*(p for p in found if not _is_same(p.folder, shipped.folder)), shipped)
 
@@ -56,7 +60,7 @@ def order() -> tuple[Place, ...]:
 @contextlib.contextmanager
 def only(folder: Path) -> Iterator[None]:
     """Look into this folder and the shipped profiles, and nowhere else: the same on every machine."""
-    token = _CHOSEN.set((Place(folder), built_in()))
+    token = _CHOSEN.set((Place(folder, str(folder)), built_in()))
     try:
         yield
     finally:
@@ -75,6 +79,15 @@ def _of_the_user() -> Iterator[Path]:
                 break
     with contextlib.suppress(RuntimeError):
         yield paths.config_dir() / "profiles"
+
+
+def _told(folder: Path) -> str:
+    """Return a folder from here, or from home, where it lies below them."""
+    with contextlib.suppress(OSError, ValueError):
+        return str(folder.relative_to(Path.cwd()))
+    with contextlib.suppress(RuntimeError, ValueError):
+        return str(Path("~") / folder.relative_to(Path.home()))
+    return str(folder)
 
 
 def _is_same(one: Path, other: Path) -> bool:

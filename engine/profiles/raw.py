@@ -17,6 +17,9 @@ from engine.values import FrozenDict, Match, Step
 from engine.words import shown
 
 SCHEMA = "dg-run/profile@1"
+# Many times what the longest of lists takes.
+MAX_BYTES = 256 * 1024
+MAX_VALUES = 5_000
 _FAMILY = "dg-run/profile@"
 
 
@@ -51,14 +54,14 @@ class Raw:
         return self.document.place(path, key=key)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def read(found: Found) -> Raw:
     """Return what a file says. Raises: OSError. One that has not changed since is not read again."""
     path = Path(found.path)
     source, text = found.path, ""
     try:
-        text = documents.read_text(path)
-        document, problems = documents.inspect(text, source)
+        text = documents.read_text(path, MAX_BYTES)
+        document, problems = documents.inspect(text, source, MAX_VALUES)
     except DocumentError as error:
         empty = Document(source, text or error.text, None, {}, {})
         return Raw(path=source, document=empty, problems=error.problems, name=path.stem)

@@ -12,7 +12,6 @@ from engine import compat
 from engine.documents import Place, Problem
 from engine.profiles.raw import Alternatives, Placed
 from engine.values import Step
-from engine.words import listing
 
 MAX_COMBINATIONS = 4096
 
@@ -39,11 +38,10 @@ def repeatable() -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """What is wrong with a list; and the alternatives that no combination allows, where the list is sound."""
+    """What is wrong with a list; and, where the list is sound, the alternatives that no combination allows."""
 
     problems: tuple[Problem, ...]
-    unreachable: tuple[tuple[int, int], ...] = ()
-    """(slot, alternative) of each."""
+    warnings: tuple[Problem, ...] = ()
 
 
 def judge(slots: Sequence[Alternatives], otherwise: Place | None) -> Judged:
@@ -53,44 +51,67 @@ def judge(slots: Sequence[Alternatives], otherwise: Place | None) -> Judged:
         what = f"the alternatives make {combinations:,} combinations, and {MAX_COMBINATIONS:,} are looked at"
         return Judged((Problem(place, what, "split the profile, or leave alternatives out"),))
     reached: set[tuple[int, int]] = set()
-    misplaced: dict[Problem, None] = {}
-    excluded: dict[Problem, None] = {}
+    excluded = _Told(otherwise)
+    misplaced = _Told(otherwise)
     for chosen in itertools.product(*(range(len(s)) for s in slots)):
         taken = [p for slot, i in zip(slots, chosen, strict=True) for p in slot[i]]
-        broken = tuple(_broken(taken, otherwise))
-        if not any(is_excluded for is_excluded, _ in broken):
+        broken = findings([p.step for p in taken])
+        is_excluded = excluded.repeats(taken)
+        for found in broken:
+            if found.rule.kind != "before":
+                excluded.add(found, taken)
+                is_excluded = True
+        if not is_excluded:
             reached.update(enumerate(chosen))
-        for is_excluded, problem in broken:
-            if is_excluded:
-                excluded[problem] = None
-            elif combinations == 1 or not any(is_other for is_other, _ in broken):
-                # An order can be broken only by steps that can occur together.
-                misplaced[problem] = None
+        if not is_excluded or combinations == 1:
+            # An order can be broken only by steps that can occur together.
+            for found in broken:
+                if found.rule.kind == "before":
+                    misplaced.add(found, taken)
     if not reached:
-        return Judged((*excluded, *misplaced, *_none_is_left(combinations, otherwise)))
-    if misplaced:
-        return Judged(tuple(misplaced))
+        return Judged((*excluded.problems, *misplaced.problems, *_none_is_left(combinations, otherwise)))
+    if misplaced.problems:
+        return Judged(misplaced.problems)
     every = {(i, j) for i, slot in enumerate(slots) for j in range(len(slot))}
-    return Judged((), tuple(sorted(every - reached)))
+    return Judged((), tuple(_unreachable(slots, where, otherwise) for where in sorted(every - reached)))
+
+
+class _Told:
+    """Problems, each once, however many combinations have it."""
+
+    def __init__(self, otherwise: Place | None) -> None:
+        self._otherwise = otherwise
+        self._by_key: dict[tuple[object, ...], Problem] = {}
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        return tuple(self._by_key.values())
+
+    def add(self, found: compat.Finding, taken: Sequence[Placed]) -> None:
+        """Add a broken rule, at the last of the steps that it speaks of."""
+        subject = found.subjects[-1] if found.subjects else None
+        place = next((p.place for p in reversed(taken) if p.step.name == subject), None) or self._otherwise
+        key = (found.rule.id, found.subjects, place)
+        if key not in self._by_key:
+            what = f"{found.sentence}: {found.rule.because} (rule {found.rule.id})"
+            self._by_key[key] = Problem(place, what, found.rule.remedy)
+
+    def repeats(self, taken: Sequence[Placed]) -> bool:
+        """Add what is listed twice and may not be; whether there is any."""
+        names = [p.step.name for p in taken]
+        if len(set(names)) == len(names):
+            return False
+        twice = [p for i, p in enumerate(taken) if p.step.name in names[:i] and p.step.name not in repeatable()]
+        for placed in twice:
+            key = (placed.step.name, place := placed.place or self._otherwise)
+            if key not in self._by_key:
+                self._by_key[key] = Problem(place, f"{placed.step.name} is listed twice", "keep one of them")
+        return bool(twice)
 
 
 def _none_is_left(combinations: int, place: Place | None) -> Iterator[Problem]:
     if combinations > 1:
         yield Problem(place, f"of {combinations:,} combinations of alternatives none can be used")
-
-
-def _broken(taken: Sequence[Placed], otherwise: Place | None) -> Iterator[tuple[bool, Problem]]:
-    """Yield what speaks against these steps together: whether it excludes them, or only their order; and how it is
-    told."""
-    names = [p.step.name for p in taken]
-    for i, placed in enumerate(taken):
-        if placed.step.name in names[:i] and placed.step.name not in repeatable():
-            yield True, Problem(placed.place or otherwise, f"{placed.step.name} is listed twice", "keep one of them")
-    for found in findings([p.step for p in taken]):
-        subject = found.subjects[-1] if found.subjects else None
-        places = [p.place for p in taken if p.step.name == subject] or [None]
-        what = f"{found.sentence}: {found.rule.because} (rule {found.rule.id})"
-        yield found.rule.kind != "before", Problem(places[-1] or otherwise, what, found.rule.remedy)
 
 
 def _first_place(slot: Alternatives) -> Place | None:
@@ -99,8 +120,9 @@ def _first_place(slot: Alternatives) -> Place | None:
     return next((p.place for alternative in slot for p in alternative if p.place is not None), None)
 
 
-def told(slots: Sequence[Alternatives], where: tuple[int, int]) -> tuple[Place | None, str]:
-    """Return the place and the words of one alternative."""
+def _unreachable(slots: Sequence[Alternatives], where: tuple[int, int], otherwise: Place | None) -> Problem:
     alternative = slots[where[0]][where[1]]
     place = alternative[0].place if alternative else _first_place(slots[where[0]])
-    return place, listing([str(p.step) for p in alternative]) or "none"
+    words = " + ".join(str(p.step) for p in alternative) or "none"
+    what = f"the alternative {words} can never be taken: no combination with the other steps is allowed"
+    return Problem(place or otherwise, what, "leave it out, or change what it does not go with")

@@ -34,11 +34,11 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of an entry: a profile, or what is wrong; and alternatives that no combination allows."""
+    """What came of an entry: a profile, or what is wrong; and what is not wrong, and yet not meant."""
 
     made: Made | None
     problems: tuple[Problem, ...]
-    unreachable: tuple[tuple[int, int], ...] = ()
+    warnings: tuple[Problem, ...] = ()
 
 
 class Search:
@@ -52,7 +52,8 @@ class Search:
         self.given: Entry | None = None
         if given is not None:
             self._listed = [(p, f) for p, f in self._listed if not _is_in(given, f)]
-            self._listed.insert(0, (Place(Path(given.path).parent), ()))
+            folder = Path(given.path).parent
+            self._listed.insert(0, (Place(folder, str(folder)), ()))
             self.given = Entry(read(given), given.path, 0)
 
     @cached_property
@@ -81,10 +82,14 @@ class Search:
     def names(self) -> list[str]:
         return list(dict.fromkeys(e.name for shelf in self.shelves for e in shelf))
 
-    def result(self, entry: Entry) -> Result:
-        """Return an entry's profile with everything that is to be said against it."""
+    def result(self, entry: Entry, *, for_name: bool = True) -> Result:
+        """Return an entry's profile with everything that is to be said against it.
+
+        What is wrong within the files of its fallbacks counts where it is asked for by name (`for_name`): a free search
+        goes by no fallbacks, and a broken file there breaks nobody else.
+        """
         made = self._made(entry)
-        problems = (*made.problems, *self._twice(entry), *self._fallback(entry, made.made))
+        problems = (*made.problems, *self._twice(entry), *self._fallback(entry, made.made, for_name=for_name))
         if not problems:
             return made
         return Result(
@@ -122,20 +127,20 @@ class Search:
     def _make(self, entry: Entry) -> Result:
         raw = entry.raw
         name = raw.values.get("extends")
-        place = raw.place("extends")
+        place = raw.place("optimizers", key=True) if name is None else raw.place("extends")
         if name is None:
             if raw.problems:
                 return Result(None, raw.problems)
-            made = inherit.alone(raw, entry.source)
+            made, edits = inherit.alone(raw, entry.source), inherit.Edits()
         else:
             parent, problem = self._parent(entry, name)
             if parent is None or raw.problems:
                 return Result(None, (*raw.problems, *([problem] if problem else [])))
-            made, problems = inherit.child(raw, entry.source, parent)
-            if problems:
-                return Result(None, problems)
+            made, edits = inherit.child(raw, entry.source, parent)
+            if edits.problems:
+                return Result(None, tuple(edits.problems))
         judged = rules.judge(made.slots, place)
-        return Result(None if judged.problems else made, judged.problems, judged.unreachable)
+        return Result(None if judged.problems else made, judged.problems, (*edits.warnings, *judged.warnings))
 
     def _parent(self, entry: Entry, name: str) -> tuple[Made | None, Problem | None]:
         place = entry.raw.place("extends")
@@ -159,7 +164,7 @@ class Search:
             return None, Problem(place, _not_valid("parent", chain[1], result.problems))
         return result.made, None
 
-    def _fallback(self, entry: Entry, made: Made | None) -> Iterator[Problem]:
+    def _fallback(self, entry: Entry, made: Made | None, *, for_name: bool) -> Iterator[Problem]:
         """Yield what is wrong with the chain of fallbacks."""
         name = made.profile.fallback if made is not None else entry.raw.values.get("fallback")
         if name is None:
@@ -181,7 +186,8 @@ class Search:
                 yield Problem(place, f"the fallbacks go round: {_arrows(seen)}", "end the chain somewhere")
                 return
             if (result := self._made(found)).made is None:
-                yield Problem(place, _not_valid("fallback", found, result.problems))
+                if for_name:
+                    yield Problem(place, _not_valid("fallback", found, result.problems))
                 return
         last = self._made(seen[-1]).made
         if last is not None and last.profile.fallback is not None and len(seen) > 1:
@@ -216,7 +222,7 @@ def _entries(place: Place, files: Sequence[Found], shelf: int) -> Iterator[Entry
             problem = Problem(None, f"it cannot be read: {refused.strerror or refused}")
             empty = Document(found.path, "", None, {}, {})
             raw = Raw(path=found.path, document=empty, problems=(problem,), name=Path(found.path).stem)
-        yield Entry(raw, place.label or found.path, shelf)
+        yield Entry(raw, place.source(found.path), shelf)
 
 
 def _is_in(given: Found, files: Sequence[Found]) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from engine.units import format_size
 from engine.values import Match, Profile
 from engine.words import listing
@@ -32,3 +34,12 @@ def _range(low: str | int | None, high: str | int | None, unit: str) -> list[str
 def called(profile: Profile) -> str:
     """Return a profile's name and version."""
     return f"{profile.name} {profile.version}"
+
+
+def value(told: Any) -> str:
+    """Return a parameter's value."""
+    if told is None:
+        return "none"
+    if isinstance(told, list | tuple):
+        return f"[{', '.join(map(str, told))}]"
+    return str(told).lower() if isinstance(told, bool) else str(told)

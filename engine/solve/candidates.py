@@ -28,6 +28,8 @@ class Candidate:
     """The steps that do something here: what is estimated."""
     key: str
     """The acting steps as text: candidates of one key are the same run."""
+    order: int
+    """Its place among those of its profile, which names first what it would rather do."""
 
     @property
     def quality(self) -> str:
@@ -58,7 +60,7 @@ def of_profile(profile: Profile, situation: Situation, rules: Rules) -> Iterator
         key = found.key
         if key not in seen:
             seen.add(key)
-            yield Candidate(profile, steps, own, found.findings, found.acting, key)
+            yield Candidate(profile, steps, own, found.findings, found.acting, key, len(seen))
 
 
 def _alternatives(alternative: Alternative, situation: Situation) -> Iterator[tuple[Step, ...]]:

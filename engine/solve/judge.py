@@ -13,10 +13,23 @@ from engine.words import listing
 
 
 def rejection(
-    profile: Profile, steps: tuple[Step, ...], rule: str, because: str, remedy: str, short_bytes: int | None = None
+    profile: Profile,
+    steps: tuple[Step, ...],
+    rule: str,
+    because: str,
+    remedy: str,
+    short_bytes: int | None = None,
+    seconds: float | None = None,
 ) -> Rejection:
+    """Return why a profile, or one of its candidates, was not taken."""
     return Rejection(
-        profile=profile.name, optimizers=steps, rule=rule, short_bytes=short_bytes, because=because, remedy=remedy
+        profile=profile.name,
+        optimizers=steps,
+        rule=rule,
+        short_bytes=short_bytes,
+        because=because,
+        remedy=remedy,
+        seconds=seconds,
     )
 
 

@@ -95,12 +95,18 @@ class _Run:
     is_estimated: bool = False
     short: Short | None = None
     key: Key | None = None
-    because: str = ""
+    owner: Candidate = field(init=False)
+    """The candidate that is named for it: of the profile that asks for the most."""
+
+    def name_owner(self) -> None:
+        self.owner = max(self.owners, key=lambda c: _rank(c.profile))
 
     @property
-    def owner(self) -> Candidate:
-        """The candidate that is named for it: of the profile that asks for the most."""
-        return max(self.owners, key=lambda c: _rank(c.profile))
+    def seconds(self) -> float | None:
+        """What it takes, or takes at the least."""
+        if self.is_estimated:
+            return self.estimate.seconds
+        return None if self.least is None or self.least.seconds is None else round(self.least.seconds, 3)
 
     @property
     def is_unknown(self) -> bool:
@@ -122,6 +128,7 @@ class _Search:
     def best(self) -> _Run | None:
         """Return the run of least cost among those that fit; by `match` alone where nothing can be estimated."""
         for run in self.runs:
+            run.name_owner()
             run.least = self.situation.least(run.owner.acting)
         bounds = [r.least for r in self.runs if r.least is not None]
         self.is_timed = not bounds or all(b.seconds is not None for b in bounds)
@@ -150,14 +157,17 @@ class _Search:
 
     def _by_match(self) -> _Run | None:
         """Return what is taken where nothing is known: the profile that asks for the most, as it comes first."""
-        open_ = [r for r in self.runs if r.is_unknown]
-        firsts: dict[str, _Run] = {}
-        for run in open_:
-            for owner in run.owners:
-                firsts.setdefault(owner.profile.name, run)
+        firsts: dict[str, tuple[Candidate, _Run]] = {}
+        for run in self.runs:
+            for owner in run.owners if run.is_unknown else ():
+                first = firsts.get(owner.profile.name)
+                if first is None or owner.order < first[0].order:
+                    firsts[owner.profile.name] = owner, run
         if not firsts:
             return None
-        return max(firsts.values(), key=lambda r: _rank(r.owner.profile))
+        owner, run = max(firsts.values(), key=lambda f: _rank(f[0].profile))
+        run.owner = owner
+        return run
 
     def _key(self, run: _Run) -> Key:
         """Return what runs are ordered by: the least is the best."""
@@ -200,27 +210,27 @@ class _Search:
                     yield self._reason(run, owner, best)
 
     def _reason(self, run: _Run, owner: Candidate, best: _Run | None) -> Rejection:
-        if run.short is not None:
-            short = run.short
-            return judge.rejection(
-                owner.profile, owner.acting, short.rule, short.because, short.remedy, short_bytes=short.bytes
-            )
-        remedy = f"--profile {owner.profile.name} takes it all the same"
+        profile, steps, seconds = owner.profile, owner.acting, run.seconds
+        if (short := run.short) is not None:
+            return judge.rejection(profile, steps, short.rule, short.because, short.remedy, short.bytes, seconds)
+        remedy = f"--profile {profile.name} takes it all the same"
         if best is None or (run.is_unknown and best.key is not None):
             because = "what it takes could not be estimated"
-            return judge.rejection(owner.profile, owner.acting, "estimate.unknown", because, remedy)
-        return judge.rejection(owner.profile, owner.acting, "preferred", self._passed_over(run, owner, best), remedy)
+            return judge.rejection(profile, steps, "estimate.unknown", because, remedy)
+        if run is best:
+            because = f"it comes to the same run as {best.owner.profile.name}"
+            return judge.rejection(profile, steps, "same", because, remedy, seconds=seconds)
+        because = self._passed_over(run, owner, best)
+        return judge.rejection(profile, steps, "preferred", because, remedy, seconds=seconds)
 
     def _passed_over(self, run: _Run, owner: Candidate, best: _Run) -> str:
-        if run is best:
-            return f"it comes to the same run as {best.owner.profile.name}"
         if best.key is None:
             if _rank(best.owner.profile)[0] > _rank(owner.profile)[0]:
                 return f"{best.owner.profile.name} is made for pictures of this size"
             if owner.profile is best.owner.profile:
                 return "what its profile names first is taken, where nothing can be estimated"
             return f"{best.owner.profile.name} asks for more free VRAM, and it is there"
-        seconds = run.estimate.seconds if run.is_estimated else run.least.seconds if run.least is not None else None
+        seconds = run.seconds
         prefer = self.situation.request.prefer
         if prefer == "vram" and run.least_key and run.least_key[0] > best.key[0]:
             return "it needs more of the card, and the least was asked for"
