@@ -418,15 +418,23 @@ def test_a_check_says_when_it_no_longer_fits(locked: engine.Lock) -> None:
     assert (found.exit_code, found.fits) == (4, False)
 
 
-def test_a_choice_that_only_free_memory_explains_is_no_failure() -> None:
-    # Locked where a neighbour had most of the card: low then, and another with all of it free.
-    made = lock.of(engine.resolve(FLUX, hardware=with_card(16)))
-    free = lock.of(engine.resolve(FLUX, hardware=with_card(24)))
-    if made.optimizers == free.optimizers:
-        made = lock.of(engine.resolve("stabilityai/sdxl-turbo", hardware=with_card(9)))
-    found = made.check(machine())
-    assert found.exit_code == 0
-    assert {f.severity for f in found.facts} <= {"warn"}
+@pytest.mark.parametrize(("model", "free_gib"), [(None, 12), ("stabilityai/sdxl-turbo", 8), (FLUX, 8), (FLUX, 16)])
+def test_a_choice_that_only_free_memory_explains_is_no_failure(model: str | None, free_gib: float) -> None:
+    # Locked where neighbours had much of the card and the host: with all of it free there is a better choice.
+    made = lock.of(engine.resolve(model, hardware=with_card(free_gib)))
+    for where in (machine(), with_card(23.5)):
+        found = made.check(where)
+        assert found.exit_code == 0
+        assert {f.severity for f in found.facts} <= {"warn"}
+        assert all("free" in f.because for f in found.facts if f.name == "optimizers")
+
+
+def test_a_choice_that_the_request_explains_is_a_failure() -> None:
+    made = lock.of(engine.resolve("stabilityai/sdxl-turbo", hardware=machine(), gpu="RTX 4090", host_ram="32GiB"))
+    (placement,) = (s for s in made.optimizers if s.name == "resident")
+    slower = tuple(Step(name="model_offload") if s is placement else s for s in made.optimizers)
+    found = dataclasses.replace(made, optimizers=slower).check(machine())
+    assert found.exit_code == OTHERWISE
 
 
 def test_a_check_where_the_commit_cannot_be_had_goes_by_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:
