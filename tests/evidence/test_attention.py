@@ -31,7 +31,12 @@ def math_calls() -> Iterator[list[int]]:
     seen: list[int] = []
     registry, name = _AttentionBackendRegistry, AttentionBackendName._NATIVE_MATH
     plain, (before, _) = registry._backends[name], registry.get_active_backend()
-    registry._backends[name] = lambda *a, **k: (seen.append(1), plain(*a, **k))[1]
+
+    def counted(*args: Any, **given: Any) -> Any:
+        seen.append(1)
+        return plain(*args, **given)
+
+    registry._backends[name] = counted
     yield seen
     registry._backends[name] = plain
     registry.set_active_backend(before)
@@ -157,10 +162,12 @@ def test_which_offloads_lose_channels_last(counted: torch.device, how: str) -> N
         seen = []
         layer = unet.up_blocks[0].resnets[0].conv1
         plain = layer._conv_forward
-        layer._conv_forward = lambda x, w, b: (
-            seen.append(w.is_contiguous(memory_format=torch.channels_last)),
-            plain(x, w, b),
-        )[1]
+
+        def convolve(x: Any, weight: Any, bias: Any) -> Any:
+            seen.append(weight.is_contiguous(memory_format=torch.channels_last))
+            return plain(x, weight, bias)
+
+        layer._conv_forward = convolve
         _denoise(unet, counted)
         return bool(seen[0])
 

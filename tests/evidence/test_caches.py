@@ -75,7 +75,7 @@ def test_a_second_cache_is_refused() -> None:
 def test_a_cache_is_called_in_its_context() -> None:
     module = small.transformer()
     module.enable_cache(_config("first_block"))
-    with pytest.raises(ValueError, match="No context is set|No cache context"):
+    with pytest.raises(ValueError, match=r"No context is set|No cache context"):
         small.forward(module)
 
 

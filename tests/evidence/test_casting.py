@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,12 +22,11 @@ def test_casting_after_streamed_groups_is_undone(counted: torch.device, kind: st
     assert not small.alike(cast, plain)
     for is_first in (True, False):
         module = small.transformer()
-        steps: list[Callable[[], None]] = [
-            lambda m=module: small.cast(m),
-            lambda m=module: small.group(m, kind, stream=stream),
-        ]
-        for step in steps if is_first else steps[::-1]:
-            step()
+        if is_first:
+            small.cast(module)
+        small.group(module, kind, stream=stream)
+        if not is_first:
+            small.cast(module)
         small.forward(module, counted)
         found = small.forward(module, counted)
         if is_first or not stream:
@@ -85,7 +83,12 @@ def test_in_which_precision_a_cast_layer_travels(counted: torch.device, is_first
     moved = layer._diffusers_hook.get_hook("group_offloading").group
     seen = []
     plain = moved._transfer_tensor_to_device
-    moved._transfer_tensor_to_device = lambda a, source, d: (seen.append(source.dtype), plain(a, source, d))[1]
+
+    def transfer(tensor: Any, source: Any, where: Any) -> None:
+        seen.append(source.dtype)
+        plain(tensor, source, where)
+
+    moved._transfer_tensor_to_device = transfer
     small.forward(module, counted)
     assert seen[0] == (small.FP8 if is_first else torch.float32)
 

@@ -12,7 +12,7 @@ from tests.evidence import small
 from truth import pipelines
 
 
-@pytest.mark.rule("a-hook-on-a-component-before-model-offload")
+@pytest.mark.rule("a-hook-on-a-component-before-model-offload", "context-parallel-before-model-offload")
 @pytest.mark.parametrize("is_first", [True, False])
 def test_a_hook_after_model_offload_is_gone_from_the_second_call(counted: torch.device, is_first: bool) -> None:
     from diffusers.hooks import HookRegistry, ModelHook
