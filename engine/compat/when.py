@@ -79,6 +79,10 @@ TRAITS: dict[str, Trait] = {
         "the denoiser computes attention in slices when it is told to",
         lambda f, _: None if f.model is None else f.model.can_slice_attention,
     ),
+    "has_vae": Trait(
+        "the pipeline has a component that is called its VAE",
+        lambda f, _: None if f.model is None else "vae" in f.model.components,
+    ),
     "widens_vae": Trait("the pipeline widens its VAE to float32 while it runs", _widens_vae),
     "tiles_to_another_size": Trait("the VAE's tiles do not add up to the picture's size", _tiles_to_another_size),
     "prompts_known": Trait("every prompt is there before anything is loaded", lambda f, _: f.prompts_known),
@@ -86,7 +90,7 @@ TRAITS: dict[str, Trait] = {
 """The traits that a rule may ask for."""
 
 ROLES: dict[str, Callable[[str], bool]] = {
-    "vae": lambda name: name in (*widening.VAES, "movq", "audio_vae"),
+    "vae": lambda name: name in widening.VAES,
     "denoiser": lambda name: name in attention.DENOISERS,
     "text_encoder": lambda name: name.startswith("text_encoder"),
     "any": lambda name: True,
