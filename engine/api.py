@@ -12,6 +12,7 @@ from engine.errors import HardwareError, ModelError, NothingFitsError, UsageErro
 from engine.estimate.estimator import Estimator
 from engine.facts.model import Component, Model
 from engine.plan import Plan
+from engine.units import format_size
 from engine.values import Device, FrozenDict, Gpu, Hardware, Note, Profile, ProfileRef, Request, Step
 from engine.words import did_you_mean
 
@@ -211,8 +212,23 @@ class _Case:
     def _notes(self) -> Iterator[Note]:
         if self.estimates.because is not None:
             yield Note(kind="not_estimated", optimizer=None, because=self.estimates.because)
+        yield from self._disk()
         kinds = self.estimates.remembered(self.decision.steps, self.decision.estimate)
         yield from _learnt(self.calibrated, kinds)
+
+    def _disk(self) -> Iterator[Note]:
+        """Yield what happens where the files of the weights do not stay in memory between the steps that read them."""
+        taken, ram = self.decision.estimate, self.seen.host.ram_bytes
+        reads = next((s.name for s in self.decision.steps if s.name in ("sequential_offload", "group_offload")), None)
+        file_bytes, held = taken.host.file_bytes, taken.host_bytes
+        if reads is None or ram is None or not file_bytes or held is None or file_bytes <= ram - held:
+            return
+        because = (
+            f"{format_size(file_bytes)} of weights stay in their files, and {format_size(ram - held)} of memory is left"
+            " for them: what does not stay there is read from the disk again whenever it is used, which the seconds do"
+            " not count"
+        )
+        yield Note(kind="degrades", optimizer=reads, because=because)
 
     def _beside(self, other: _Case) -> Note:
         """Return why another card was not taken."""

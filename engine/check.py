@@ -19,6 +19,7 @@ from engine.plan import Plan
 from engine.values import Gpu, Hardware
 
 SCHEMA = "dg-run/check@1"
+_ROOM = "with all that is free; with just enough for the locked list, it is what is chosen"
 OTHERWISE = ProfileError.exit_code
 """The exit code of a lock that fits, and would be planned otherwise now."""
 
@@ -65,7 +66,7 @@ def check(locked: Lock, hardware: Hardware | None = None, told: Callable[[str], 
     again: Plan | None = None
     differing: tuple[Drift, ...] = ()
     if found.plan is not None:
-        again, differing = _again(locked, found.plan, is_imagined, told)
+        again, differing = _again(locked, found.plan, told)
     card = locked.stands_on.gpu
     return Check(
         lock=locked,
@@ -102,31 +103,16 @@ def _for_check(locked: Lock, seen: Hardware) -> tuple[Hardware, bool]:
     return Hardware(gpus=(imagined,), host=host), True
 
 
-def _again(
-    locked: Lock, exact: Plan, is_imagined: bool, told: Callable[[str], None] | None
-) -> tuple[Plan | None, tuple[Drift, ...]]:
+def _again(locked: Lock, exact: Plan, told: Callable[[str], None] | None) -> tuple[Plan | None, tuple[Drift, ...]]:
     """Return what would be planned for the lock's request now, and what of it is not as it was locked."""
     asked = locked.request
     if asked.exact:
         return exact, ()
     try:
-        now = _resolved(locked, exact.hardware, exact.card, told)
+        now = _resolved(locked, exact, told)
         differing = tuple(_differing(locked, now))
-        if differing and is_imagined and asked.vram_bytes is None and locked.stands_on.driver is not None:
-            # How much was free when it was locked is not in the lock. With just enough free for it, was it as good?
-            least = _least_bytes(locked, exact)
-            if least is not None and not tuple(
-                _differing(locked, _resolved(locked, exact.hardware, exact.card, told, least))
-            ):
-                differing = tuple(
-                    dataclasses.replace(
-                        d,
-                        severity=WARN,
-                        exit_code=None,
-                        because="with the whole card free; with just enough free for the locked list, it is the same",
-                    )
-                    for d in differing
-                )
+        if any(d.severity == REFUSE for d in differing) and _is_the_least_alike(locked, exact, told):
+            differing = tuple(dataclasses.replace(d, severity=WARN, exit_code=None, because=_ROOM) for d in differing)
         return now, differing
     except (ProfileError, IncompatibleError, UsageError, FileError) as error:
         name = "profile" if locked.profile is None else locked.profile.name
@@ -134,57 +120,73 @@ def _again(
         return None, (gone,)
 
 
-def _resolved(
-    locked: Lock,
-    seen: Hardware,
-    card: Gpu | None,
-    told: Callable[[str], None] | None,
-    vram_bytes: int | None = None,
-) -> Plan:
-    """Return what is planned for a lock's request now, with nothing of its choice."""
-    asked = locked.request
-    return api.resolve(
+def _resolved(locked: Lock, exact: Plan, told: Callable[[str], None] | None, **more: int | None) -> Plan:
+    """Return what is planned for a lock's request now, with nothing of its choice, where its list was estimated."""
+    asked, card = locked.request, exact.card
+    given = {
         **drift.asked_for(locked, drift.model_of(locked)),
-        device="cpu" if card is None else None,
-        gpu=drift.name_of(card),
-        vram=vram_bytes or drift.cap_bytes(locked, card),
-        profile=asked.profile,
-        require=asked.require,
-        forbid=asked.forbid,
-        quality=asked.quality,
-        prefer=asked.prefer,
-        hardware=seen,
-        told=told,
-    )
+        "device": "cpu" if card is None else None,
+        "gpu": drift.name_of(card),
+        "vram": drift.cap_bytes(locked, card),
+        "profile": asked.profile,
+        "require": asked.require,
+        "forbid": asked.forbid,
+        "quality": asked.quality,
+        "prefer": asked.prefer,
+    }
+    return api.resolve(**given | more, hardware=exact.hardware, told=told)
+
+
+def _is_the_least_alike(locked: Lock, exact: Plan, told: Callable[[str], None] | None) -> bool:
+    """Whether the locked list is still what is chosen where no more is free than it needs.
+
+    How much was free when it was locked is not in the lock: with more, another choice may always have been the better.
+    What the request itself fixes is not asked again, nor is a card that was imagined, all of it free, then as now.
+    """
+    least: dict[str, int | None] = {}
+    if locked.request.vram_bytes is None and locked.stands_on.driver is not None:
+        least["vram"] = _least_bytes(locked, exact)
+    if locked.request.host_ram_bytes is None:
+        least["host_ram"] = exact.estimate.host_bytes
+    given = {name: size for name, size in least.items() if size}
+    if not given:
+        return False
+    return not any(d.severity == REFUSE for d in _differing(locked, _resolved(locked, exact, told, **given)))
 
 
 def _least_bytes(locked: Lock, exact: Plan) -> int | None:
-    """Return the least free VRAM under which the locked plan could have been made."""
+    """Return the least free VRAM under which the locked plan could have been made; None where that is not known."""
     card, required = exact.card, exact.estimate.required_bytes
     if card is None or required is None:
         return None
-    least = required + cards.headroom_bytes(locked.request, card)
     profile = None if locked.profile is None else lock.current_profile(locked.profile, locked.request.profile)
-    wanted = None if profile is None else profile.match.free_vram_at_least_bytes
-    return max(least, wanted or 0)
+    wanted = 0 if profile is None else profile.match.free_vram_at_least_bytes or 0
+    least = max(required + cards.headroom_bytes(locked.request, card), wanted)
+    return None if card.free_bytes is not None and least > card.free_bytes else least
 
 
 def _differing(locked: Lock, now: Plan) -> Iterator[Drift]:
     """Yield what of a plan is another choice than the locked one."""
     was_profile = None if locked.profile is None else locked.profile.name
     now_profile = None if now.profile is None else now.profile.name
-    because = "planned now, it would be otherwise"
+    is_other = now.optimizers != locked.optimizers
     if was_profile != now_profile:
+        because = "planned now, it would be otherwise" if is_other else "it comes to the same list"
         yield Drift(
-            name="profile", old=was_profile, new=now_profile, severity=REFUSE, because=because, exit_code=OTHERWISE
+            name="profile",
+            old=was_profile,
+            new=now_profile,
+            severity=REFUSE if is_other else WARN,
+            because=because,
+            exit_code=OTHERWISE if is_other else None,
         )
-    if now.optimizers != locked.optimizers:
+    if is_other:
         yield Drift(
             name="optimizers",
             old=" → ".join(map(str, locked.optimizers)),
             new=" → ".join(map(str, now.optimizers)) or None,
             severity=REFUSE,
-            because=because,
+            because="planned now, it would be otherwise",
             exit_code=OTHERWISE,
         )
 

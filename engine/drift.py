@@ -88,28 +88,15 @@ def held(
     card = _card(locked, seen)
     known = model_of(locked)
     of_model = tuple(_of_model(locked, known, is_run=is_run))
-    if any(d.severity == REFUSE for d in of_model):
-        return Held(plan=None, drift=of_model)
-    if locked.stands_on.gpu is not None and card is None:
-        because = seen.no_gpu_because or "no card is here"
-        gone = Drift(
-            name="GPU",
-            old=locked.stands_on.gpu.name,
-            new=None,
-            severity=REFUSE,
-            because=because,
-            exit_code=HardwareError.exit_code,
-        )
-        return Held(plan=None, drift=(*of_model, gone))
+    gone = tuple(_of_absence(locked, seen, card))
+    if gone or any(d.severity == REFUSE for d in of_model):
+        return Held(plan=None, drift=(*of_model, *gone, *_of_around(locked, seen, card, None)))
     found = _planned(locked, known, seen, card, told)
     drift: tuple[Drift, ...] = (
         *of_model,
         *_of_card(locked, card, found),
         *_of_memory(locked, found),
-        *_of_driver(locked, seen, card),
-        *_of_versions(locked, found),
-        *_of_profile(locked),
-        *_of_digest(locked, found),
+        *_of_around(locked, seen, card, found),
     )
     drift += tuple(_of_fit(found, drift))
     notes = tuple(Note(kind="drift", optimizer=None, because=str(d)) for d in drift)
@@ -120,12 +107,14 @@ def plan_of(locked: Lock, hardware: Hardware | None = None, told: Callable[[str]
     """Return the locked plan on this machine. Raises: where it does not stand here, naming every fact."""
     found = held(locked, hardware, told)
     if found.refusing or found.plan is None:
-        raise refusal(found.refusing)
+        raise refusal(found.drift)
     return found.plan
 
 
-def refusal(refusing: Sequence[Drift]) -> DgRunError:
-    """Return the error of facts that refuse a lock; its kind is the first one's."""
+def refusal(drift: Sequence[Drift]) -> DgRunError:
+    """Return the error of facts of which some refuse a lock; its kind is that of the first of those."""
+    refusing = [d for d in drift if d.severity == REFUSE]
+    beside = [f"beside that, {d}" for d in drift if d.severity == WARN]
     kind = next(k for k in _KINDS if k.exit_code == refusing[0].exit_code)
     remedies = {
         NothingFitsError: "free memory on the card, or lock again for what is here",
@@ -133,7 +122,7 @@ def refusal(refusing: Sequence[Drift]) -> DgRunError:
     }
     return kind(
         "the locked plan does not stand on this machine",
-        "\n       ".join(map(str, refusing)),
+        "\n       ".join([*map(str, refusing), *beside]),
         remedies.get(kind, "use a machine with that card, or lock again for what is here")
         + ": `dg-run plan … --lock FILE`",
     )
@@ -284,6 +273,28 @@ def _foreign(locked: Lock, why: str) -> IncompatibleError:
     )
 
 
+def _of_absence(locked: Lock, seen: Hardware, card: Gpu | None) -> Iterator[Drift]:
+    """Yield that there is no card, where the lock is for one."""
+    if locked.stands_on.gpu is not None and card is None:
+        yield Drift(
+            name="GPU",
+            old=locked.stands_on.gpu.name,
+            new=None,
+            severity=REFUSE,
+            because=seen.no_gpu_because or "no card is here",
+            exit_code=HardwareError.exit_code,
+        )
+
+
+def _of_around(locked: Lock, seen: Hardware, card: Gpu | None, found: Plan | None) -> Iterator[Drift]:
+    """Yield what differs and stops no run."""
+    yield from _of_driver(locked, seen, card)
+    yield from _of_versions(locked, found)
+    yield from _of_profile(locked)
+    if found is not None:
+        yield from _of_digest(locked, found)
+
+
 def _of_card(locked: Lock, card: Gpu | None, found: Plan) -> Iterator[Drift]:
     stood = locked.stands_on.gpu
     if stood is None or card is None:
@@ -372,21 +383,22 @@ def _of_driver(locked: Lock, seen: Hardware, card: Gpu | None) -> Iterator[Drift
         yield Drift(name="driver", old=was, new=now, severity=WARN, because=because)
 
 
-def _of_versions(locked: Lock, found: Plan) -> Iterator[Drift]:
+def _of_versions(locked: Lock, found: Plan | None) -> Iterator[Drift]:
+    here = versions.snapshot()
     for name, was in locked.stands_on.versions.items():
-        now = found.versions.get(name, versions.installed(name))
+        now = here.get(name)
         if was != now:
             yield Drift(name=name, old=was, new=now, severity=WARN, because=_of_version(name, was, now, found))
 
 
-def _of_version(name: str, was: str | None, now: str | None, found: Plan) -> str:
+def _of_version(name: str, was: str | None, now: str | None, found: Plan | None) -> str:
     if now is None:
         return "it is not installed here, and a run needs it"
     if name not in _TRACING:
         return "what is run stays as it was locked"
     if was is not None and _series(was) == _series(now):
         return "a patch: what is computed is the same"
-    if found.estimate.required_bytes is not None:
+    if found is not None and found.estimate.required_bytes is not None:
         return "another series may hold other memory: estimated again with what is here"
     return "another series may hold other memory, and it cannot be estimated here"
 

@@ -10,6 +10,7 @@ from engine.units import format_size
 from engine.values import Note, Rejection, Step
 
 _MOST_LINES = 14
+_OF_A_STEP = {"no_effect": "no effect", "degrades": "at a price", "required": "added", "undecided": "open"}
 NOT_ESTIMATED = "not estimated, so whether it fits is not known"
 
 
@@ -179,7 +180,7 @@ def _profile(plan: Plan) -> str:
 def _step(step: Step, notes: tuple[Note, ...]) -> str:
     labels = {"no_effect": "no effect", "degrades": "at a price", "required": "added", "undecided": "open"}
     told = [n for n in notes if n.optimizer == step.name and n.kind in labels]
-    return f"{step}" + "".join(f"\n     {labels[n.kind]}: {n.because}" for n in told)
+    return f"{step}" + "".join(f"\n     {_OF_A_STEP[n.kind]}: {n.because}" for n in told)
 
 
 def _other_notes(plan: Plan) -> list[Note]:

@@ -35,6 +35,7 @@ from typing import Any
 
 from engine import files, optimizers, paths, versions
 from engine.calibration import Calibration, file_stem
+from engine.optimizers import placing
 from engine.values import Driver, Estimate, FrozenDict, Gpu, Interval, Request, Step
 
 MOST_RUNS = 500
@@ -176,9 +177,14 @@ def of_run(
 
 
 def placement(steps: Sequence[Step]) -> str:
-    """Return where a list of steps puts the model: errors of offloaded and resident runs are not alike."""
-    step = optimizers.placement(steps)
-    return "resident" if step is None else step.name
+    """Return where a list of steps puts the model: errors of offloaded and resident runs are not alike.
+
+    Where components are placed apart, by the names of all placements, as "group_offload+resident".
+    """
+    names = {s.name for s in placing.placements(steps)}
+    if optimizers.placement(steps) is None:
+        names.add(placing.RESIDENT)
+    return "+".join(sorted(names))
 
 
 def remember(uuid: str, run: Run) -> None:

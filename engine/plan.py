@@ -166,6 +166,9 @@ def build(kind: Any, value: Any) -> Any:
         return build(next(a for a in typing.get_args(kind) if a is not types.NoneType), value)
     if origin is tuple:
         return tuple(build(typing.get_args(kind)[0], v) for v in value)
+    if kind is Step:
+        params = {k: tuple(v) if isinstance(v, list) else v for k, v in value["params"].items()}
+        return Step(name=value["name"], params=FrozenDict(params))
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         return typing.cast(Any, kind)(**{k: build(hints[k], v) for k, v in value.items()})

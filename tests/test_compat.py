@@ -39,6 +39,7 @@ def findings(listed: Sequence[Step], facts: compat.Facts = CARD) -> tuple[compat
     return compat.under(facts).findings(listed)
 
 
+@pytest.mark.rule("xdit-or-model-offload", "xdit-or-sequential-offload", "xdit-or-group-offload")
 @pytest.mark.parametrize(("row", "column", "works"), PAIRS)
 def test_the_matrix(row: str, column: str, works: bool) -> None:
     listed = optimizers.in_order(steps(row, column))
@@ -70,11 +71,13 @@ def test_order_is_held_only_when_both_are_there() -> None:
     assert findings(steps("sequential_offload")) == ()
 
 
+@pytest.mark.rule("xdit-is-not-started")
 def test_xdit_is_refused_before_anything_is_loaded() -> None:
     with pytest.raises(IncompatibleError, match="xdit cannot be used here"):
         engine.resolve(optimizers=["xdit"], hardware=machine(card(), card(index=1)))
 
 
+@pytest.mark.rule("offload-without-accelerator")
 def test_offloads_have_no_effect_without_an_accelerator() -> None:
     for name in ("model_offload", "sequential_offload", "group_offload"):
         plan = engine.resolve(optimizers=[name], hardware=machine())

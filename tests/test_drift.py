@@ -12,6 +12,7 @@ import pytest
 
 import engine
 from engine import cli, drift, facts, lock, probe, profiles, validation, versions
+from engine import plan as plans
 from engine.check import OTHERWISE
 from engine.drift import Drift
 from engine.errors import HardwareError, IncompatibleError, ModelError, NothingFitsError
@@ -110,6 +111,19 @@ def test_no_card_at_all_is_refused(locked: engine.Lock) -> None:
     with pytest.raises(HardwareError) as caught:
         locked.plan(machine())
     assert f"GPU: {RTX_4090}, now none (no NVIDIA driver was found)" in str(caught.value)
+
+
+def test_a_refusal_names_everything_that_differs(locked: engine.Lock, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = dataclasses.replace(embedded.model(), revision="0123456789ab")
+    monkeypatch.setattr(facts, "find", lambda *_: changed)
+    now = dict(versions.snapshot()) | {"torch": "3.0.0"}
+    monkeypatch.setattr(versions, "snapshot", lambda: now)
+    with pytest.raises(ModelError) as caught:
+        locked.plan(machine())
+    first, second, third = caught.value.why.splitlines()
+    assert first.startswith("model revision: ")
+    assert second.strip().startswith(f"GPU: {RTX_4090}, now none")
+    assert third.strip().startswith("beside that, torch: 2.13")
 
 
 @pytest.mark.parametrize("short", [1, 300 * MIB])
@@ -278,6 +292,38 @@ def test_a_profile_that_changed_is_a_warning_and_the_locks_own_list_is_run(tmp_p
     assert made.plan(with_card()).optimizers == made.optimizers
 
 
+def test_a_teams_profile_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "profiles").mkdir()
+    path = write(tmp_path / "profiles", "team.yaml", GOOD)
+    monkeypatch.chdir(tmp_path)
+    made = lock.of(engine.resolve(hardware=with_card(), profile="team"))
+    assert made.profile is not None
+    assert (made.profile.name, made.profile.source) == ("team", "file")
+    assert made.profile.content is not None
+    assert str(tmp_path) not in made.text()
+    plan = made.plan(with_card())
+    assert (lock.of(plan), made.check(with_card()).facts) == (made, ())
+    edited(path, "1.2.3", "1.2.4")
+    assert [d.name for d in made.drift(with_card())] == ["profile team"]
+    monkeypatch.chdir(tmp_path / "profiles")  # where there is no such folder
+    (found,) = made.drift(with_card())
+    assert (found.name, found.new, found.severity) == ("profile team", None, "warn")
+
+
+def test_a_profile_that_another_one_fell_back_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "profiles").mkdir()
+    first = GOOD.replace("name: team", "name: first") + "fallback: team\n"
+    write(tmp_path / "profiles", "first.yaml", first)
+    write(tmp_path / "profiles", "team.yaml", GOOD)
+    monkeypatch.chdir(tmp_path)
+    asked = engine.resolve(hardware=with_card(), profile="first")
+    back = dataclasses.replace(asked, profile=engine.resolve(hardware=with_card(), profile="team").profile)
+    made = lock.of(dataclasses.replace(back, digest=plans.digest(back.request, back.profile, back.optimizers)))
+    assert made.profile is not None
+    assert made.profile.name == "team"
+    assert made.drift(with_card()) == ()
+
+
 def test_a_profiles_words_are_not_its_content(tmp_path: Path) -> None:
     path = write(tmp_path, "team.yaml", GOOD)
     first = lock.profile_content(profiles.find(str(path)))
@@ -372,15 +418,23 @@ def test_a_check_says_when_it_no_longer_fits(locked: engine.Lock) -> None:
     assert (found.exit_code, found.fits) == (4, False)
 
 
-def test_a_choice_that_only_free_memory_explains_is_no_failure() -> None:
-    # Locked where a neighbour had most of the card: low then, and another with all of it free.
-    made = lock.of(engine.resolve(FLUX, hardware=with_card(16)))
-    free = lock.of(engine.resolve(FLUX, hardware=with_card(24)))
-    if made.optimizers == free.optimizers:
-        made = lock.of(engine.resolve("stabilityai/sdxl-turbo", hardware=with_card(9)))
-    found = made.check(machine())
-    assert found.exit_code == 0
-    assert {f.severity for f in found.facts} <= {"warn"}
+@pytest.mark.parametrize(("model", "free_gib"), [(None, 12), ("stabilityai/sdxl-turbo", 8), (FLUX, 8), (FLUX, 16)])
+def test_a_choice_that_only_free_memory_explains_is_no_failure(model: str | None, free_gib: float) -> None:
+    # Locked where neighbours had much of the card and the host: with all of it free there is a better choice.
+    made = lock.of(engine.resolve(model, hardware=with_card(free_gib)))
+    for where in (machine(), with_card(23.5)):
+        found = made.check(where)
+        assert found.exit_code == 0
+        assert {f.severity for f in found.facts} <= {"warn"}
+        assert all("free" in f.because for f in found.facts if f.name == "optimizers")
+
+
+def test_a_choice_that_the_request_explains_is_a_failure() -> None:
+    made = lock.of(engine.resolve("stabilityai/sdxl-turbo", hardware=machine(), gpu="RTX 4090", host_ram="32GiB"))
+    (placement,) = (s for s in made.optimizers if s.name == "resident")
+    slower = tuple(Step(name="model_offload") if s is placement else s for s in made.optimizers)
+    found = dataclasses.replace(made, optimizers=slower).check(machine())
+    assert found.exit_code == OTHERWISE
 
 
 def test_a_check_where_the_commit_cannot_be_had_goes_by_the_catalogue(monkeypatch: pytest.MonkeyPatch) -> None:

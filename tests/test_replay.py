@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -187,6 +188,42 @@ def test_what_streamed_groups_take_is_in_the_pool_of_the_copies_from_the_first_f
     assert set(made.aside) == {k for k in range(1, len(made.sizes)) if made.kinds[k] == stream.WEIGHT}
     made = stream.build(toy, placements.GroupOffload(toy, use_stream=False))
     assert not made.aside
+
+
+def test_an_offload_keeps_a_component_that_another_placement_holds() -> None:
+    """The VAE is there from the start; the net's predecessor goes, and nothing comes in the net's place."""
+    toy = placements.keeping(trace([TEXT, NET, VAE], *WHOLE), ["vae"])
+    found = by_phase(toy, placements.ModelOffload(toy))
+    assert found == {"load": 300, "encode": 300 + 105, "denoise": 300 + 3010 + 5 + 47, "decode": 300 + 3010 + 5 + 60}
+    assert by_phase(toy, placements.SequentialOffload(toy)) == {
+        "load": 310,
+        "encode": 310 + 100 + 5,
+        "denoise": 310 + 2000 + 5 + 47,
+        "decode": 310 + 5 + 60,
+    }
+
+
+def test_a_component_of_the_chain_is_moved_even_where_its_class_excludes_it() -> None:
+    toy = dataclasses.replace(trace([TEXT, NET, VAE], *WHOLE), offload_excluded=("vae",))
+    assert by_phase(toy, placements.ModelOffload(toy))["load"] == 0
+
+
+def test_components_are_grouped_each_in_its_own_way() -> None:
+    toy = trace([TEXT, BLOCKS, VAE], *ONCE, "=denoise", *forward(), *forward(), *LAST)
+    how = {
+        "text": placements.Grouping(use_stream=False),
+        "net": placements.Grouping(block_level=True),
+        "vae": None,
+    }
+    mixed = placements.GroupOffload(toy, groupings=how)
+    assert by_phase(toy, mixed) == {
+        "load": 300,
+        "encode": 300 + 100 + 5,
+        "denoise": 300 + 5 + 30 + 2 * 6 + 200 + 400,
+        "decode": 300 + 5 + 60,
+    }
+    assert mixed.bytes_of(mixed.pinned()) == 100 + 200 + 400  # the net's blocks, and nothing else
+    assert [mixed.brings_back(n) for n in how] == [True, False, False]
 
 
 CAST = component(

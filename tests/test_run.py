@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import engine
 from engine import optimizers
 from engine.errors import IncompatibleError, ModelError, NothingFitsError, OutOfMemoryError, UsageError
+from engine.optimizers import placing
 from engine.optimizers.spec import Context, NotApplied
 from engine.optimizers.spec import modules as optimizer_modules
 from engine.plan import Plan
@@ -156,6 +158,74 @@ def test_a_pipeline_of_another_dtype_is_refused_since_dtype_acts_while_loading(p
     with pytest.raises(IncompatibleError, match="dtype acts while a pipeline is loaded"):
         plan_for(step("dtype", value="bfloat16")).apply(pipe)
     assert plan_for(step("dtype", value="float32")).apply(pipe) is pipe
+
+
+LEAVES, BLOCKS = {"use_stream": False}, {"use_stream": False, "type": "block_level"}
+APART = {
+    "vae resident, model_offload": [step("resident", components=["vae"]), step("model_offload")],
+    "transformer resident, model_offload": [step("model_offload"), step("resident", components=["transformer"])],
+    "text resident, sequential_offload": [
+        step("sequential_offload"),
+        step("resident", components=["text_encoder", "text_encoder_2"]),
+    ],
+    "leaves, vae resident": [step("resident", components=["vae"]), step("group_offload", **LEAVES)],
+    "blocks of the transformer, leaves": [
+        step("group_offload", components=["transformer"], **BLOCKS),
+        step("group_offload", **LEAVES),
+    ],
+}
+
+
+def applied_apart(pipe: Any, name: str) -> dict[str, str]:
+    """Apply placements side by side, each seen to hold once all are there, and return what was said."""
+    given = [optimizers.spec(s["name"]).step(s["params"]) for s in APART[name]]
+    steps = placing.spread(given, optimizer_modules(pipe))
+    for made in steps:
+        optimizers.get(made.name).apply(pipe, made, HERE)
+    _stand_in(pipe)
+    return {str(made): optimizers.get(made.name).verify(pipe, made, HERE) for made in steps}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_components_that_are_placed_apart_draw_the_same_picture_twice_in_a_row(pipe: Any, name: str) -> None:
+    plain = draw(pipe)
+    applied_apart(pipe, name)
+    assert np.array_equal(draw(pipe), plain)
+    _stand_in(pipe)
+    assert np.array_equal(draw(pipe), plain)
+
+
+def test_a_component_that_is_kept_out_of_model_offload_has_no_hook_after_a_call_either(pipe: Any) -> None:
+    """`enable_model_cpu_offload` is called again at the end of each call: what it reads is set on the instance."""
+    chain = type(pipe).model_cpu_offload_seq
+    assert "vae" in chain
+    applied_apart(pipe, "vae resident, model_offload")
+    draw(pipe)
+    assert not hasattr(pipe.vae, "_hf_hook") and hasattr(pipe.transformer, "_hf_hook")
+    assert type(pipe).model_cpu_offload_seq == chain and type(pipe)._exclude_from_cpu_offload == []
+    applied(pipe, step("model_offload"))
+    assert hasattr(pipe.vae, "_hf_hook")
+
+
+def test_groups_are_refused_where_a_component_is_offloaded_already(pipe: Any) -> None:
+    applied(pipe, step("group_offload", components=["transformer"], **LEAVES))
+    with pytest.raises(IncompatibleError, match="group_offload cannot act"):
+        applied(pipe, step("group_offload", **BLOCKS))
+    pipe.maybe_free_model_hooks()
+
+
+def test_groups_are_refused_beside_another_offload(pipe: Any) -> None:
+    applied(pipe, step("model_offload", components=["text_encoder", "text_encoder_2", "vae"]))
+    with pytest.raises(IncompatibleError, match="is offloaded already"):
+        applied(pipe, step("group_offload", components=["transformer"], **LEAVES))
+
+
+def test_a_component_that_the_pipeline_does_not_have_is_told_with_the_nearest_word(pipe: Any) -> None:
+    with pytest.raises(UsageError, match="no component 'transformr'") as caught:
+        plan = plan_for("resident")
+        named = optimizers.spec("resident").step({"components": ["transformr"]})
+        load.apply(dataclasses.replace(plan, optimizers=(named,)), pipe)
+    assert "did you mean 'transformer'?" in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["model_offload", "sequential_offload", "group_offload leaf"])

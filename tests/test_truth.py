@@ -21,6 +21,10 @@ from truth.results import Row
 
 SEED = 20  # any: `python -m truth` takes others, and more
 PLACED = list(cases.every_placement())
+MIXED = list(cases.every_mixture())[::7]  # each mixture twice, each architecture once or twice; `make truth` runs all
+TILES = [
+    c for i, c in enumerate(cases.every_tile()) if i % 4 in (0, 3)
+]  # each architecture once, the placements in turn
 RANDOM = list(itertools.islice(cases.random_cases(SEED), 200))
 STAGED = [c for c in cases.staged() if c.steps[-1].name != "model_offload"]  # `make truth` runs those too
 JOBS = os.cpu_count() or 1
@@ -33,13 +37,23 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def rows() -> dict[str, Row]:
     """Give what every case came to, run in as many processes as there are cores."""
-    listed = [*PLACED, *RANDOM]
+    listed = [*PLACED, *MIXED, *TILES, *RANDOM]
     return {row.id: row for row in many.each(results.row, listed, JOBS)}
 
 
 @pytest.mark.parametrize("case", PLACED, ids=lambda c: c.id)
 def test_every_placement_of_every_architecture_holds_what_was_predicted(case: Case, rows: dict[str, Row]) -> None:
     """To the byte in every phase, and to the name at the start of each."""
+    assert rows[case.id].differences == ()
+
+
+@pytest.mark.parametrize("case", MIXED, ids=lambda c: c.id)
+def test_components_that_are_placed_apart_hold_what_was_predicted(case: Case, rows: dict[str, Row]) -> None:
+    assert rows[case.id].differences == ()
+
+
+@pytest.mark.parametrize("case", TILES, ids=lambda c: c.id)
+def test_tiles_of_another_size_hold_what_was_predicted(case: Case, rows: dict[str, Row]) -> None:
     assert rows[case.id].differences == ()
 
 
@@ -101,6 +115,7 @@ WIDENED = [
 ]
 
 
+@pytest.mark.rule("streamed-leaves-stay-narrow")
 @pytest.mark.parametrize(("name", "placed"), WIDENED)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_vae_that_is_widened_does_not_run_from_a_stream(name: str, dtype: str, placed: str) -> None:

@@ -28,7 +28,10 @@ def main() -> int:
     start = time.perf_counter()
     many.prepare()
     random_cases = itertools.islice(cases.random_cases(options.seed), options.cases)
-    staged, listed = list(cases.staged()), [*cases.every_placement(), *random_cases]
+    staged, listed = (
+        list(cases.staged()),
+        [*cases.every_placement(), *cases.every_mixture(), *cases.every_tile(), *random_cases],
+    )
     rows = []
     for row in many.each(results.row, [*staged, *listed], options.jobs):
         rows.append(row)

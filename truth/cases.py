@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -60,6 +60,35 @@ PLACEMENTS: dict[str, Step] = {
 }
 """Every placement, with every way of grouping."""
 
+_TEXT = ("text_encoder", "text_encoder_2", "text_encoder_3")
+_DENOISER = ("transformer", "unet")
+_VAE = ("vae",)
+# Names that a pipeline does not have are passed by, so that one list serves all.
+_BLOCKS = {"type": "block_level"}
+MIXTURES: dict[str, tuple[Step, ...]] = {
+    "vae resident, model_offload": (_step("resident", components=_VAE), _step("model_offload")),
+    "model_offload, denoiser resident": (_step("model_offload", components=(*_TEXT, *_VAE)),),
+    "denoiser resident, sequential_offload": (_step("resident", components=_DENOISER), _step("sequential_offload")),
+    "text resident, sequential_offload": (_step("sequential_offload"), _step("resident", components=_TEXT)),
+    "leaf of the denoiser, streamed": (_step("group_offload", components=_DENOISER),),
+    "leaf, text resident": (_step("group_offload", use_stream=False), _step("resident", components=_TEXT)),
+    "block, streamed, vae named resident": (_step("resident", components=_VAE), _step("group_offload", **_BLOCKS)),
+    "block of the denoiser, leaf": (
+        _step("group_offload", components=_DENOISER, **_BLOCKS),
+        _step("group_offload", use_stream=False),
+    ),
+    "block of the denoiser, leaf of the text, both streamed": (
+        _step("group_offload", components=_TEXT),
+        _step("group_offload", components=_DENOISER, **_BLOCKS),
+        _step("resident"),
+    ),
+    "two blocks of the text, leaf, streamed": (
+        _step("group_offload", components=_TEXT, use_stream=False, blocks_per_group=2, **_BLOCKS),
+        _step("group_offload"),
+    ),
+}
+"""Components placed apart, as the libraries can do it."""
+
 _CASTINGS = (None, _step("layerwise_casting"), _step("layerwise_casting", storage="float8_e5m2"))
 _WAYS = ((), ("vae_tiling",), ("vae_slicing",), ("vae_slicing", "vae_tiling"))
 _CHANGES = (None, None, None, _step("fuse_qkv"), _step("attention_slicing"), _step("attention_slicing", slices="max"))
@@ -67,11 +96,41 @@ _CHANGES = (None, None, None, _step("fuse_qkv"), _step("attention_slicing"), _st
 _SIDES = (32, 32, 64, 64, 96)
 _FRAMES = (1, 5, 9, 13, 17)
 
+TILES: dict[str, tuple[int, dict[str, int]]] = {
+    "cogvideox": (32, {}),
+    "flux": (64, {}),
+    "hunyuan_video": (16, {}),
+    "ltx": (64, {"height": 128, "width": 96}),
+    "sana": (16, {}),
+}
+"""By architecture: a tile in pixels that its VAE can have, smaller than the picture; and the picture where it is not
+the usual one. 32 for every other architecture."""
+_TILED = ("resident", "leaf, streamed")
+
+
+def every_tile(architectures: Iterable[str] | None = None) -> Iterator[Case]:
+    """Yield every architecture with its VAE in tiles that are smaller than the library's own, and a batch in slices."""
+    for name, placement in itertools.product(architectures or pipelines.ALL, _TILED):
+        tile, sizes = TILES.get(name, (32, {}))
+        tiled, is_batch = (
+            _step("vae_tiling", tile=tile),
+            placement != "resident" and "num_frames" not in _usual_call(name),
+        )
+        steps = (*((_step("vae_slicing"),) if is_batch else ()), tiled, PLACEMENTS[placement])
+        more = {"num_images_per_prompt": 2} if is_batch else {}
+        yield Case(architecture=name, steps=steps, call=FrozenDict(sizes | more))
+
 
 def every_placement(architectures: Iterator[str] | None = None) -> Iterator[Case]:
     """Yield every architecture under every placement, as it is usually called."""
     for name, step in itertools.product(architectures or pipelines.ALL, PLACEMENTS.values()):
         yield Case(architecture=name, steps=(step,))
+
+
+def every_mixture(architectures: Iterable[str] | None = None, mixtures: Iterable[str] = MIXTURES) -> Iterator[Case]:
+    """Yield every architecture under mixtures, as it is usually called."""
+    for name, mixture in itertools.product(architectures or pipelines.ALL, mixtures):
+        yield Case(architecture=name, steps=MIXTURES[mixture])
 
 
 def staged(architectures: Iterator[str] | None = None) -> Iterator[Case]:
@@ -125,9 +184,8 @@ def is_permitted(case: Case) -> bool:
 
 def acts(case: Case) -> bool:
     """Whether what would change the computing can act on the pipeline."""
-    changes = [s for s in case.steps if optimizers.spec(s.name).changes_computing]
     try:
-        for step in changes:
+        for step in optimizers.changing(case.steps):
             optimizers.get(step.name).apply(case.made()[0], step, Context(device="cpu", dtype=case.dtype))
     except IncompatibleError:
         return False

@@ -14,6 +14,7 @@ from engine import optimizers
 from engine.dryrun import phases
 from engine.dryrun.record import no_collection
 from engine.estimate.placements import is_text_encoder
+from engine.optimizers import placing
 from engine.optimizers.spec import Context
 from engine.run import stages
 from truth import device
@@ -25,7 +26,7 @@ STAGED = "staged_encoding"
 
 def _apply(pipe: Any, case: Case) -> None:
     here = Context(device=device.NAME, dtype=case.dtype)
-    for step in case.steps:
+    for step in placing.spread(case.steps, _modules(pipe)):
         if step.name == STAGED:
             continue
         optimizer = optimizers.get(step.name)

@@ -26,7 +26,7 @@ def trace(case: Case) -> Trace:
             component.to("meta")
             tie: Any = getattr(component, "tie_weights", lambda: None)
             tie()  # moving to meta unties
-    dryrun.change(pipe, [s for s in case.steps if optimizers.spec(s.name).changes_computing], case.dtype)
+    dryrun.change(pipe, optimizers.changing(case.steps), case.dtype)
     wanted = way(case.steps)
     # CUDA's results, and not what its operators hold on the way: the counted device cannot see that.
     return record.record(pipe, call, "cuda", [wanted] if wanted else [], held=None)

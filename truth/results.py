@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import optimizers
+from engine.optimizers import placing
 from engine.values import Step
 from truth.cases import Case
 from truth.compare import compared
@@ -43,8 +44,11 @@ def row(case: Case) -> Row:
 
 
 def placement(steps: Sequence[Step]) -> str:
-    """Return the name of the placement among steps, groups told apart."""
+    """Return the name of the placement among steps, groups told apart; "components apart" where there are several."""
+    listed = placing.placements(steps)
     step = optimizers.placement(steps)
+    if len(listed) > 1 or (listed and step is None):
+        return "components apart"
     if step is None or step.name != "group_offload":
         return "resident" if step is None else step.name
     level = step.params["type"].removesuffix("_level")

@@ -128,7 +128,7 @@ def tensor_peaks(plan: Plan) -> dict[str, int] | None:
     """
     request = plan.request
     dtype = next((str(s.params["value"]) for s in plan.optimizers if s.name == "dtype"), "float32")
-    changes = [s for s in plan.optimizers if optimizers.spec(s.name).changes_computing]
+    changes = optimizers.changing(plan.optimizers)
     is_plain = request.exact and not way(plan.optimizers)
     trace = store.find(facts.find(request.model), request, dtype, changes, is_plain=is_plain)
     if trace is None:

@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from engine import versions
-from engine.facts import attention, tiles, widening
+from engine.facts import attention, tiling, widening
 from engine.facts.model import Component, Model
 from engine.values import FrozenDict
 
@@ -63,7 +63,7 @@ def _widens_vae(facts: Facts, dtype: str | None) -> bool | None:
 
 def _tiles_to_another_size(facts: Facts, dtype: str | None) -> bool | None:
     vae = None if facts.model is None else facts.model.components.get("vae")
-    return None if vae is None else tiles.are_of_another_size(vae.cls, vae.config)
+    return None if vae is None else tiling.are_of_another_size(vae.cls, vae.config)
 
 
 TRAITS: dict[str, Trait] = {
@@ -79,6 +79,10 @@ TRAITS: dict[str, Trait] = {
         "the denoiser computes attention in slices when it is told to",
         lambda f, _: None if f.model is None else f.model.can_slice_attention,
     ),
+    "has_vae": Trait(
+        "the pipeline has a component that is called its VAE",
+        lambda f, _: None if f.model is None else "vae" in f.model.components,
+    ),
     "widens_vae": Trait("the pipeline widens its VAE to float32 while it runs", _widens_vae),
     "tiles_to_another_size": Trait("the VAE's tiles do not add up to the picture's size", _tiles_to_another_size),
     "prompts_known": Trait("every prompt is there before anything is loaded", lambda f, _: f.prompts_known),
@@ -86,7 +90,7 @@ TRAITS: dict[str, Trait] = {
 """The traits that a rule may ask for."""
 
 ROLES: dict[str, Callable[[str], bool]] = {
-    "vae": lambda name: name in (*widening.VAES, "movq", "audio_vae"),
+    "vae": lambda name: name in widening.VAES,
     "denoiser": lambda name: name in attention.DENOISERS,
     "text_encoder": lambda name: name.startswith("text_encoder"),
     "any": lambda name: True,

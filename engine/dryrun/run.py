@@ -78,7 +78,8 @@ def change(pipe: Any, changes: Sequence[Step], dtype: str) -> None:
     loaded = {id(w) for w in _weights(pipe)}
     for step in changes:
         try:
-            optimizers.get(step.name).apply(pipe, step, here)
+            optimizer = optimizers.get(step.name)
+            getattr(optimizer, "apply_dry", optimizer.apply)(pipe, step, here)
         except DgRunError:
             raise
         except Exception as error:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from engine import optimizers
 from engine.estimate.clock import Speeds
-from engine.estimate.placements import ITEM_BYTES, is_text_encoder, is_vae
+from engine.estimate.placements import ITEM_BYTES, is_text_encoder
 from engine.estimate.trace import BEGIN, BORN, DIED, END, GONE, KIND_BITS, KIND_MASK, STEP, Trace, TracedComponent
+from engine.optimizers import placing
+from engine.optimizers.spec import is_vae
 from engine.values import Step
 
 
@@ -111,7 +112,7 @@ class Bounds:
         storage = None if cast is None else str(cast.params["storage"])
         is_staged = any(s.name == "staged_encoding" for s in steps)
         sums = _Sums(storage, self._further(denoising_steps))
-        for name, step in optimizers.holders(steps, self.parts).items():
+        for name, step in placing.holders(steps, self.parts).items():
             sums.add(name, self.parts[name], step, is_encoder=is_staged and is_text_encoder(name))
         peak = max(sums.alone_bytes, sums.kept_bytes + max(sums.working_bytes, self.between_bytes))
         seconds = computing_s

@@ -13,6 +13,7 @@ from engine.estimate import store
 from engine.estimate.between import between, within
 from engine.estimate.ways import way
 from engine.facts.model import Model
+from engine.optimizers import placing
 from engine.values import Estimate, Gpu, Request, Step
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ class Estimator:
         Steps that do nothing here are not among them. Raises: ModelError, UsageError, IncompatibleError: what the dry
         run has against the model, its call, or a step.
         """
+        if self.model.components:
+            placing.refuse_unknown(steps, self.model.parts)
         dtype = _dtype(steps)
         self.because = self._unknown(steps, dtype)
         if self.because is not None or self.gpu is None:
@@ -287,4 +290,4 @@ def _dtype(steps: Sequence[Step]) -> str:
 
 def _changes(steps: Sequence[Step]) -> tuple[Step, ...]:
     """Return the steps that change what is computed, and so what is traced."""
-    return tuple(s for s in steps if optimizers.spec(s.name).changes_computing)
+    return optimizers.changing(steps)

@@ -8,11 +8,12 @@ hooks do and do not do is written beside each.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from engine.estimate.trace import Trace, TracedComponent, TracedModule, Weight
+from engine.optimizers.spec import is_vae
 
 LOAD, FETCH, DROP, STORE, EMPTY, WAIT, STAGE = range(7)
 """
@@ -129,6 +130,10 @@ class Placement:
         """Return the slots of which the host holds a pinned copy for good."""
         return ()
 
+    def brings_back(self, component: str) -> bool:
+        """Whether a component's weights come back to the host after they were on the device."""
+        return False
+
     def acts_on(self, path: str) -> bool:
         """Whether something can move when a module of this path begins or ends."""
         return False
@@ -155,24 +160,28 @@ class ModelOffload(Placement):
     """`enable_model_cpu_offload`: a component comes at its first use, once its direct predecessor has gone.
 
     Nothing happens after its use: it stays until its successor begins, or the call ends. Only the direct predecessor is
-    sent away. A component outside the chain has none, and excluded ones are on the device for good.
+    sent away. A component outside the chain has none, and if it is excluded it is on the device for good.
     """
 
     def __init__(self, trace: Trace, casting: Casting | None = None) -> None:
         super().__init__(trace, casting)
-        self.here: set[str] = set(trace.offload_excluded)
+        self.kept = set(trace.offload_excluded) - set(trace.offload_chain)
+        self.here: set[str] = set(self.kept)
         self.before = dict(zip(trace.offload_chain[1:], trace.offload_chain, strict=False))
         self.parts = {c.name: self.slots(c.moved()) for c in trace.components}
 
     def resident(self) -> tuple[int, ...]:
         return tuple(s for c in self.trace.components if c.name in self.here for s in self.parts[c.name])
 
+    def brings_back(self, component: str) -> bool:
+        return component not in self.kept
+
     def acts_on(self, path: str) -> bool:
         return path in self.parts
 
     def begin(self, path: str) -> Iterable[Move]:
         previous = self.before.get(path)
-        if previous in self.here and previous not in self.trace.offload_excluded:
+        if previous in self.here:
             self.here.remove(previous)
             yield Move(STORE, self.parts[previous])
             yield _EMPTY
@@ -195,7 +204,7 @@ class SequentialOffload(Placement):
         self.kept: list[int] = []
         for component in trace.components:
             if component.name in trace.offload_excluded:
-                self.kept += self.slots(component.weights())
+                self.kept += self.slots(component.moved())
             else:
                 self._split(component)
 
@@ -230,8 +239,20 @@ class SequentialOffload(Placement):
             yield Move(DROP, self.fetched[path])
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grouping:
+    """How a component's weights are grouped, as the parameters of `enable_group_offload` say it."""
+
+    block_level: bool = False
+    use_stream: bool = True
+    blocks_per_group: int = 1
+
+
 class GroupOffload(Placement):
     """`enable_group_offload`: groups of weights come for the forward of the module that leads them.
+
+    `groupings` says of every component how it is grouped; None is a component that is on the device for good. They are
+    put there in that mapping's order, after the VAEs that block level leaves there.
 
     At leaf level a group is what a module owns itself. At block level it is `blocks_per_group` blocks of a list among a
     component's direct children (one, with a stream), and what is in no list forms one more group, led by the component,
@@ -249,15 +270,12 @@ class GroupOffload(Placement):
         self,
         trace: Trace,
         casting: Casting | None = None,
-        *,
-        block_level: bool = False,
-        use_stream: bool = True,
-        blocks_per_group: int = 1,
-        excluded: tuple[str, ...] = (),
+        groupings: Mapping[str, Grouping | None] | None = None,
+        **all_alike: Any,
     ) -> None:
+        """Without `groupings` every component is grouped as the fields of a `Grouping` say that follow."""
         super().__init__(trace, casting)
-        self.use_stream = use_stream
-        self.block_level = block_level
+        self.how = {c.name: Grouping(**all_alike) for c in trace.components} if groupings is None else dict(groupings)
         self.kept: list[int] = []
         self.groups: dict[str, tuple[int, ...]] = {}
         self.stays: dict[str, tuple[int, ...]] = {}
@@ -267,34 +285,42 @@ class GroupOffload(Placement):
         self.last: dict[str, str] = {}
         self.unmatched: set[str] = set()
         for component in trace.components:
-            if component.name in excluded or (block_level and is_vae(component.name)):
-                self.kept += self.slots(component.weights())
-            elif block_level:
-                self._blocks(component, 1 if use_stream else blocks_per_group)
+            how = self.how[component.name]
+            if how is None or self._is_left(component.name):
+                continue
+            if how.block_level:
+                self._blocks(component, how)
             else:
-                self._leaves(component)
-        self.all_slots = tuple(
-            dict.fromkeys(
-                s for path, g in (*self.groups.items(), *self.never.items()) if path not in self.unmatched for s in g
-            )
-        )
+                self._leaves(component, how)
+        left = sorted((n for n in self.how if self._is_left(n) or self.how[n] is None), key=self._is_left, reverse=True)
+        for name in left:
+            self.kept += self.slots(trace.component(name).moved())
+        pinned = (g for path, g in (*self.groups.items(), *self.never.items()) if self._is_streamed(path))
+        self.all_slots = tuple(dict.fromkeys(s for group in pinned for s in group))
         self.order: dict[str, list[str]] = {}
         self.following: dict[str, str] = {}
         self.learning: str | None = None
         self.here: set[str] = set()
-        self.roots = {c.name for c in trace.components if not is_vae(c.name)}
+        self.roots = {n for n, how in self.how.items() if how is not None and not is_vae(n)}
+        """Components whose own forward runs the hooks on them."""
 
-    def _leaves(self, component: TracedComponent) -> None:
+    def _is_left(self, component: str) -> bool:
+        """Whether a component is in no groups, since block level leaves it on the device."""
+        how = self.how[component]
+        return how is not None and how.block_level and is_vae(component)
+
+    def _leaves(self, component: TracedComponent, how: Grouping) -> None:
         for module in component.modules:
             slots = self.slots(module.weights)
             if is_vae(component.name) and module.path == component.name:
                 self.never[module.path] = slots
                 continue
             self.groups[module.path] = slots
-            if self.use_stream and module.is_layer:
+            if how.use_stream and module.is_layer:
                 self.stays[module.path] = self.slots(w for w in module.weights if w.is_buffer)
 
-    def _blocks(self, component: TracedComponent, count: int) -> None:
+    def _blocks(self, component: TracedComponent, how: Grouping) -> None:
+        count = 1 if how.use_stream else how.blocks_per_group
         left = {m.path: m.weights for m in component.modules}
         for paths in component.blocks:
             for start in range(0, len(paths), count):
@@ -302,7 +328,7 @@ class GroupOffload(Placement):
                 inside = [p for p in left if any(p == g or p.startswith(g + ".") for g in group)]
                 weights = [w for p in inside for w in left.pop(p)]
                 self.groups[group[0]] = self.slots(weights)
-                if self.use_stream:
+                if how.use_stream:
                     self.stays[group[0]] = self.slots(w for w in weights if w.is_buffer)
                 self.last[group[-1]] = group[0]
         rest = [w for weights in left.values() for w in weights]
@@ -317,13 +343,18 @@ class GroupOffload(Placement):
         return tuple(dict.fromkeys(self.kept))
 
     def pinned(self) -> tuple[int, ...]:
-        return self.all_slots if self.use_stream else ()
+        return self.all_slots
+
+    def brings_back(self, component: str) -> bool:
+        how = self.how[component]
+        return how is not None and not how.use_stream
 
     def acts_on(self, path: str) -> bool:
         return path in self.groups or path in self.last or path in self.roots
 
     def _is_streamed(self, path: str) -> bool:
-        return self.use_stream and path not in self.unmatched
+        how = self.how[_root(path)]
+        return how is not None and how.use_stream and path not in self.unmatched
 
     def _come(self, path: str) -> Iterator[Move]:
         """Bring a group for its own sake, if it is not there."""
@@ -354,8 +385,10 @@ class GroupOffload(Placement):
             self.groups[path] += self.copies.pop(path, ())
 
     def begin(self, path: str) -> Iterable[Move]:
-        root = path.partition(".")[0]
-        if self.use_stream and path in self.roots:
+        root = _root(path)
+        how = self.how[root]
+        use_stream = how is not None and how.use_stream
+        if use_stream and path in self.roots:
             known = self.order.get(root)
             if known is None:
                 self.learning = root
@@ -369,7 +402,7 @@ class GroupOffload(Placement):
         if path in self.here:  # it was fetched ahead
             yield _WAIT
         yield from self._come(path)
-        if not self.use_stream or path == root:
+        if not use_stream or path == root:
             return
         if self.learning == root:
             self.order[root].append(path)
@@ -382,7 +415,8 @@ class GroupOffload(Placement):
             order = self.order[path]
             self.following.update(itertools.pairwise(order))
         # A group of several blocks goes when its last one ends, and not when its leader does.
-        is_inner = self.block_level and path not in self.unmatched
+        how = self.how[_root(path)]
+        is_inner = how is not None and how.block_level and path not in self.unmatched
         leader = self.last.get(path) if is_inner else path
         if leader is not None and leader in self.groups:
             yield from self._go(leader)
@@ -436,7 +470,7 @@ class StagedEncoding(Placement):
         return True  # whichever module is the first of the rest brings it
 
     def begin(self, path: str) -> Iterable[Move]:
-        root = path.partition(".")[0]
+        root = _root(path)
         if root in self.encoders:
             if self.is_encoded and self.again is None:
                 self.again = path
@@ -453,7 +487,7 @@ class StagedEncoding(Placement):
             yield from self.rest.begin(path)
 
     def end(self, path: str) -> Iterable[Move]:
-        root = path.partition(".")[0]
+        root = _root(path)
         if root not in self.encoders:
             if self.rest.acts_on(path):
                 yield from self.rest.end(path)
@@ -463,6 +497,20 @@ class StagedEncoding(Placement):
             yield _EMPTY
 
 
+def keeping(trace: Trace, components: Sequence[str]) -> Trace:
+    """Return a trace whose pipeline's own offloads leave these components on the device (`optimizers/offload.py`)."""
+    return replace(
+        trace,
+        offload_chain=tuple(n for n in trace.offload_chain if n not in components),
+        offload_excluded=(*trace.offload_excluded, *(n for n in components if n not in trace.offload_excluded)),
+    )
+
+
+def _root(path: str) -> str:
+    """Return the component that a module belongs to."""
+    return path.partition(".")[0]
+
+
 def _name(component: TracedComponent) -> str:
     return component.name
 
@@ -470,8 +518,3 @@ def _name(component: TracedComponent) -> str:
 def is_text_encoder(component: str) -> bool:
     """Whether a component is a text encoder, by its name."""
     return component.startswith("text_encoder")
-
-
-def is_vae(component: str) -> bool:
-    """Whether a component is an autoencoder, by its name: `encode` and `decode` bypass the hooks on its forward."""
-    return component in ("vae", "vqvae", "audio_vae")

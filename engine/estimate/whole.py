@@ -15,6 +15,7 @@ from engine.estimate.clock import Speeds
 from engine.estimate.pinned import pinned_bytes
 from engine.estimate.placements import (
     Casting,
+    Grouping,
     GroupOffload,
     ModelOffload,
     Placement,
@@ -22,10 +23,12 @@ from engine.estimate.placements import (
     SequentialOffload,
     StagedEncoding,
     is_text_encoder,
+    keeping,
 )
 from engine.estimate.stream import Stream, Taken
 from engine.estimate.trace import Trace, Work
 from engine.estimate.ways import way
+from engine.optimizers import placing
 from engine.values import Estimate, Gpu, HostBytes, Interval, Phase, Step
 
 HOST_BASE_BYTES = 300 * 1024**2
@@ -45,7 +48,7 @@ def _step(steps: Sequence[Step], name: str) -> Step | None:
 
 
 def placed(trace: Trace, steps: Sequence[Step], dtype: str) -> Placement:
-    """Return the placement that steps put on a trace."""
+    """Return the placement that steps put on a trace. Raises: UsageError, IncompatibleError, as `placing.holders`."""
     if _step(steps, "staged_encoding") is not None:
         return StagedEncoding(trace, lambda rest: _placed(rest, steps, dtype))
     return _placed(trace, steps, dtype)
@@ -56,22 +59,34 @@ def _placed(trace: Trace, steps: Sequence[Step], dtype: str) -> Placement:
     if (cast := _step(steps, "layerwise_casting")) is not None:
         compute = cast.params["compute"]
         casting = Casting(storage=cast.params["storage"], compute=dtype if compute == "auto" else compute)
-    step = optimizers.placement(steps)
-    match step.name if step is not None else "resident":
+    held = placing.holders(steps, [c.name for c in trace.components])
+    resident = [n for n, s in held.items() if s.name == placing.RESIDENT]
+    offload = next((s.name for s in held.values() if s.name != placing.RESIDENT), placing.RESIDENT)
+    match offload:
         case "model_offload":
-            return ModelOffload(trace, casting)
+            return ModelOffload(keeping(trace, resident), casting)
         case "sequential_offload":
-            return SequentialOffload(trace, casting)
+            return SequentialOffload(keeping(trace, resident), casting)
         case "group_offload":
-            assert step is not None
-            return GroupOffload(
-                trace,
-                casting,
+            return GroupOffload(trace, casting, _groupings(steps, held))
+    return Resident(trace, casting)
+
+
+def _groupings(steps: Sequence[Step], held: Mapping[str, Step]) -> dict[str, Grouping | None]:
+    """Return how each component is grouped, in the order in which what is in no group is put on the device."""
+    found: dict[str, Grouping | None] = {}
+    for step in placing.spread(steps, held):
+        names = [n for n, s in held.items() if n in (step.params.get("components") or held)]
+        if step.name == placing.RESIDENT:
+            found |= dict.fromkeys(sorted(names))
+        elif step.name == "group_offload":
+            how = Grouping(
                 block_level=step.params["type"] == "block_level",
                 use_stream=step.params["use_stream"],
                 blocks_per_group=step.params["blocks_per_group"],
             )
-    return Resident(trace, casting)
+            found |= dict.fromkeys(names, how)
+    return found
 
 
 def estimate(
@@ -205,13 +220,12 @@ def host_bytes(trace: Trace, placement: Placement, stored: Mapping[str, str | No
     copies take the place of what they copy, rounded up to powers of two. Of two stages the larger counts.
     """
     inner = placement.inner
-    moves_back = isinstance(inner, ModelOffload) or (isinstance(inner, GroupOffload) and not inner.use_stream)
     pinned = set(placement.pinned())
     is_staged = inner is not placement
     anonymous, file = [0, 0], [0, 0]  # of the second stage, which is the only one in general, and of the first
     for component in trace.components:
         is_first = is_staged and is_text_encoder(component.name)
-        moved_back = moves_back and not is_first
+        moved_back = not is_first and inner.brings_back(component.name)
         is_mapped = stored.get(component.name) == dtype
         cast = {w.storage for m in component.modules if m.path in placement.casts for w in m.weights}
         for weight in component.weights():

@@ -12,9 +12,7 @@ from pathlib import Path
 from engine.errors import ModelError
 from engine.facts import weights
 from engine.facts.directory import MAX_INDEX_BYTES, read_json
-from engine.facts.model import Model
-
-_WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor", "ImageProcessorPil")
+from engine.facts.model import WITHOUT_WEIGHTS, Model
 
 
 def check(model: Model) -> None:
@@ -26,7 +24,7 @@ def check(model: Model) -> None:
         place = folder / name
         if not place.is_dir():
             raise _incomplete(model, f"the folder of its component {name!r} ({component.cls}) is missing")
-        if not component.cls.endswith(_WITHOUT_WEIGHTS):
+        if not component.cls.endswith(WITHOUT_WEIGHTS):
             _check_weights(model, place)
 
 

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.facts import attention, widening
+from engine.facts import attention, tiling, widening
 from engine.values import FrozenDict
+
+WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor", "ImageProcessorPil")
+"""How classes end whose components have no weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,11 @@ class Model:
 
     def _config(self, *names: str) -> Mapping[str, Any]:
         return next((self.components[n].config for n in names if n in self.components), {})
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The components that have weights, by name, as far as their classes' names tell."""
+        return tuple(n for n, c in self.components.items() if not c.cls.endswith(WITHOUT_WEIGHTS))
 
     @property
     def vae_scale(self) -> int | None:
@@ -130,24 +138,30 @@ class Model:
             return ()
         return widening.precisions(self.pipeline_class, vae.cls, vae.config) if vae.library == "diffusers" else None
 
-    def tiling_starts(self, height: int | None, width: int | None) -> bool | None:
+    @property
+    def tile_px(self) -> int | None:
+        """The side of the VAE's own tile in pixels, the smaller one where they differ; None where it is not known."""
+        vae = self._vae
+        found = None if vae is None else tiling.own(vae.cls, vae.config)
+        return None if found is None else min(found)
+
+    def tiling_starts(self, height: int | None, width: int | None, tile: int | None = None) -> bool | None:
         """Whether the VAE would decode this size in tiles, once tiling is on; None where it is not known.
 
-        Source: `AutoencoderKL._decode` of diffusers 0.42: tiled when a latent side is larger than `sample_size`
-        divided by the VAE's scale (strictly).
+        `tile` is the side of a tile in pixels; None is the VAE's own.
         """
-        vae = self.components.get("vae")
-        sample, scale = (vae.config.get("sample_size") if vae else None), self.vae_scale
-        if isinstance(sample, list | tuple) and sample:
-            sample = sample[0]
-        if vae is None or vae.cls != "AutoencoderKL" or scale is None or not isinstance(sample, int):
-            return None
-        if height is None or width is None:
-            return None
-        return max(height, width) // scale > int(sample / scale)
+        vae = self._vae
+        return None if vae is None else tiling.starts(vae.cls, vae.config, height, width, tile)
 
     def tiles(self, height: int | None, width: int | None) -> tuple[int, ...]:
-        return ()
+        """Return the tiles in pixels that are worth a try for a picture of this size, beside the VAE's own."""
+        vae = self._vae
+        return () if vae is None else tiling.candidates(vae.cls, vae.config, height, width)
+
+    @property
+    def _vae(self) -> Component | None:
+        vae = self.components.get("vae")
+        return vae if vae is not None and vae.library == "diffusers" else None
 
 
 def nearest_sizes(size: int, multiple: int) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ Nothing here imports torch until an optimizer is applied.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from typing import cast
@@ -55,9 +55,14 @@ def in_order(steps: Iterable[Step]) -> tuple[Step, ...]:
     return tuple(sorted(steps, key=lambda s: spec(s.name).slot))
 
 
+def changing(steps: Iterable[Step]) -> tuple[Step, ...]:
+    """Return the steps that change what is computed, and so what is traced."""
+    return tuple(s for s in steps if spec(s.name).changes(s))
+
+
 def placement(steps: Iterable[Step]) -> Step | None:
-    """Return the first step that says where the weights are, if any does."""
-    return next((s for s in steps if spec(s.name).is_placement), None)
+    """Return the step that says where the weights are that no other step names, if any does (`placing`)."""
+    return next((s for s in steps if spec(s.name).is_placement and s.params.get("components") is None), None)
 
 
 def short(step: Step) -> str:
@@ -65,17 +70,3 @@ def short(step: Step) -> str:
     usual = {p.name: p.default for p in spec(step.name).params}
     given = {k: v for k, v in step.params.items() if k not in usual or v != usual[k]}
     return str(Step(name=step.name, params=FrozenDict(given)))
-
-
-def holders(steps: Sequence[Step], components: Iterable[str]) -> dict[str, Step]:
-    """Return which placement holds each component: the one that names it, else the one that names none.
-
-    Where no placement is for the rest, the rest is resident.
-    """
-    found = [s for s in steps if spec(s.name).is_placement]
-    rest = next((s for s in found if s.params.get("components") is None), None) or _RESIDENT
-    named = {n: s for s in found for n in s.params.get("components") or ()}
-    return {n: named.get(n, rest) for n in components}
-
-
-_RESIDENT = Step(name="resident")

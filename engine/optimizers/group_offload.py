@@ -9,7 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 from engine.errors import IncompatibleError
-from engine.optimizers.spec import Context, NotApplied, Param, Pipeline, Spec, modules, names, nothing_to_load
+from engine.optimizers.spec import (
+    COMPONENTS,
+    Context,
+    NotApplied,
+    Param,
+    Pipeline,
+    Spec,
+    held,
+    is_vae,
+    modules,
+    names,
+    nothing_to_load,
+)
 from engine.values import Step
 
 HOOK = "group_offloading"
@@ -20,6 +32,7 @@ SPEC = Spec(
     slot=93,
     is_placement=True,
     params=(
+        COMPONENTS,
         Param(
             name="type",
             kind="word",
@@ -47,29 +60,53 @@ SPEC = Spec(
 load_arguments = nothing_to_load
 
 
-def _is_vae(name: str) -> bool:
-    return name in ("vae", "vqvae", "audio_vae")
+def _grouped(pipe: Pipeline, step: Step) -> dict[str, Any]:
+    """Return the components whose weights come in groups."""
+    is_block = step.params["type"] == "block_level"
+    return {n: m for n, m in held(pipe, step).items() if not (is_block and is_vae(n))}
 
 
 def apply(pipe: Pipeline, step: Step, context: Context) -> None:
-    import torch
+    """Group the components that the step holds, one by one, as `DiffusionPipeline.enable_group_offload` does.
 
-    refusing = [n for n, m in modules(pipe).items() if getattr(m, "_supports_group_offloading", True) is False]
+    That method is not called itself: it would bring what it leaves out to the device, and with it what another step of
+    this kind holds.
+    """
+    import torch
+    from diffusers.hooks import apply_group_offloading
+
+    targets = _grouped(pipe, step)
+    refusing = [n for n, m in targets.items() if getattr(m, "_supports_group_offloading", True) is False]
     if refusing:
         raise IncompatibleError(
             f"group_offload cannot act on {names(refusing)} of {type(pipe).__name__}",
             "its class says that it does not support it",
             "use model_offload or sequential_offload",
         )
+    # Groups over groups work side by side in silence; and of other offloads' hooks diffusers looks for the component's.
+    taken = [n for n, m in targets.items() if _has_hook(m)] or [n for n, m in modules(pipe).items() if _is_moved(m)]
+    if taken:
+        raise IncompatibleError(
+            f"group_offload cannot act on {type(pipe).__name__}",
+            f"{names(taken)} is offloaded already",
+            "load the pipeline anew",
+        )
     is_block = step.params["type"] == "block_level"
-    pipe.enable_group_offload(
-        onload_device=torch.device(context.device),
-        offload_device=torch.device("cpu"),
-        offload_type=step.params["type"],
-        num_blocks_per_group=step.params["blocks_per_group"] if is_block else None,
-        use_stream=step.params["use_stream"],
-        exclude_modules=[n for n in modules(pipe) if _is_vae(n)] if is_block else None,
-    )
+    arguments = {
+        "onload_device": torch.device(context.device),
+        "offload_device": torch.device("cpu"),
+        "offload_type": step.params["type"],
+        "num_blocks_per_group": step.params["blocks_per_group"] if is_block else None,
+        "use_stream": step.params["use_stream"],
+    }
+    for module in targets.values():
+        if hasattr(module, "enable_group_offload"):
+            module.enable_group_offload(**arguments)
+        else:
+            apply_group_offloading(module=module, **arguments)
+    for name, module in held(pipe, step).items():
+        if name not in targets:
+            module.to(context.device)
 
 
 def _has_hook(module: Any) -> bool:
@@ -77,9 +114,12 @@ def _has_hook(module: Any) -> bool:
     return any(r is not None and r.get_hook(HOOK) is not None for r in registries)
 
 
+def _is_moved(module: Any) -> bool:
+    return any(hasattr(m, "_hf_hook") for m in module.modules())
+
+
 def verify(pipe: Pipeline, step: Step, context: Context) -> str:
-    is_block = step.params["type"] == "block_level"
-    targets = {n: m for n, m in modules(pipe).items() if not (is_block and _is_vae(n))}
+    targets = _grouped(pipe, step)
     bare = [n for n, m in targets.items() if not _has_hook(m)]
     if bare:
         raise NotApplied("group_offload", f"{names(bare)} has no group-offloading hook")

@@ -2,12 +2,24 @@
 
 Source of the behaviour: `DiffusionPipeline.enable_model_cpu_offload` of diffusers 0.42, whose chain of components is
 the class's `model_cpu_offload_seq`; a component outside it is loaded at its first use and stays until the call ends.
+A component that it does not hold is on the device for good.
 """
 
 from __future__ import annotations
 
 from engine.errors import IncompatibleError
-from engine.optimizers.spec import Context, NotApplied, Pipeline, Spec, modules, names, nothing_to_load
+from engine.optimizers import offload
+from engine.optimizers.spec import (
+    COMPONENTS,
+    Context,
+    NotApplied,
+    Pipeline,
+    Spec,
+    held,
+    left_out,
+    names,
+    nothing_to_load,
+)
 from engine.values import Step
 
 SPEC = Spec(
@@ -15,6 +27,7 @@ SPEC = Spec(
     summary="one component at a time on the device, the others in host memory",
     slot=91,
     is_placement=True,
+    params=(COMPONENTS,),
 )
 load_arguments = nothing_to_load
 
@@ -26,15 +39,14 @@ def apply(pipe: Pipeline, step: Step, context: Context) -> None:
             "the pipeline does not say in which order its components are used",
             "use group_offload or sequential_offload",
         )
+    offload.leave_on_device(pipe, left_out(pipe, step))
     pipe.enable_model_cpu_offload(device=context.device)
 
 
 def verify(pipe: Pipeline, step: Step, context: Context) -> str:
-    kept = set(pipe._exclude_from_cpu_offload)
-    found = modules(pipe)
-    bare = [
-        n for n, m in found.items() if n not in kept and type(getattr(m, "_hf_hook", None)).__name__ != "CpuOffload"
-    ]
+    kept = offload.kept(pipe)
+    moving = {n: m for n, m in held(pipe, step).items() if n not in kept}
+    bare = [n for n, m in moving.items() if type(getattr(m, "_hf_hook", None)).__name__ != "CpuOffload"]
     if bare:
         raise NotApplied("model_offload", f"{names(bare)} has no offload hook")
-    return f"{names([n for n in found if n not in kept])} move to {context.device} one at a time"
+    return f"{names(moving)} move to {context.device} one at a time"

@@ -1,26 +1,42 @@
-"""`resident`: every component on the device for the whole run."""
+"""`resident`: components on the device for the whole run; all of them where none are named."""
 
 from __future__ import annotations
 
-from engine.optimizers.spec import Context, NotApplied, Pipeline, Spec, modules, names, nothing_to_load
+from engine.optimizers.spec import (
+    COMPONENTS,
+    Context,
+    NotApplied,
+    Pipeline,
+    Spec,
+    held,
+    left_out,
+    names,
+    nothing_to_load,
+)
 from engine.values import Step
 
 SPEC = Spec(
     name="resident",
-    summary="every component on the device for the whole run",
+    summary="components on the device for the whole run: all, or those that are named",
     slot=90,
     is_placement=True,
+    params=(COMPONENTS,),
 )
 load_arguments = nothing_to_load
 
 
 def apply(pipe: Pipeline, step: Step, context: Context) -> None:
-    pipe.to(context.device)
+    if not left_out(pipe, step):
+        pipe.to(context.device)
+        return
+    for _, module in sorted(held(pipe, step).items()):  # in the order in which `pipe.to` goes
+        module.to(context.device)
 
 
 def verify(pipe: Pipeline, step: Step, context: Context) -> str:
-    for name, module in modules(pipe).items():
+    targets = held(pipe, step)
+    for name, module in targets.items():
         elsewhere = {p.device.type for p in module.parameters()} - {context.device}
         if elsewhere:
             raise NotApplied("resident", f"weights of {name} are on {names(sorted(elsewhere))}")
-    return f"{names(modules(pipe))} on {context.device}"
+    return f"{names(targets)} on {context.device}"

@@ -1,14 +1,26 @@
 """`sequential_offload`: one layer at a time on the device. The least memory, by far the slowest.
 
 Source of the behaviour: `DiffusionPipeline.enable_sequential_cpu_offload` of diffusers 0.42 and accelerate's
-`AlignDevicesHook`: weights live in a host map, and each module that owns some fetches them for its own forward.
+`AlignDevicesHook`: weights live in a host map, and each module that owns some fetches them for its own forward. A
+component that it does not hold is on the device for good.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from engine.optimizers.spec import Context, NotApplied, Pipeline, Spec, modules, names, nothing_to_load
+from engine.optimizers import offload
+from engine.optimizers.spec import (
+    COMPONENTS,
+    Context,
+    NotApplied,
+    Pipeline,
+    Spec,
+    held,
+    left_out,
+    names,
+    nothing_to_load,
+)
 from engine.values import Step
 
 SPEC = Spec(
@@ -16,11 +28,13 @@ SPEC = Spec(
     summary="one layer at a time on the device: the least memory, by far the slowest",
     slot=92,
     is_placement=True,
+    params=(COMPONENTS,),
 )
 load_arguments = nothing_to_load
 
 
 def apply(pipe: Pipeline, step: Step, context: Context) -> None:
+    offload.leave_on_device(pipe, left_out(pipe, step))
     pipe.enable_sequential_cpu_offload(device=context.device)
 
 
@@ -32,7 +46,7 @@ def _fetches(module: Any) -> bool:
 
 def verify(pipe: Pipeline, step: Step, context: Context) -> str:
     kept = set(pipe._exclude_from_cpu_offload)
-    targets = {n: m for n, m in modules(pipe).items() if n not in kept}
+    targets = {n: m for n, m in held(pipe, step).items() if n not in kept}
     bare = [n for n, m in targets.items() if not _fetches(m)]
     if bare:
         raise NotApplied("sequential_offload", f"{names(bare)} still holds its weights")

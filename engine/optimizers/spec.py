@@ -14,13 +14,18 @@ from engine.words import did_you_mean
 Pipeline = Any
 """A diffusers pipeline: its type is never imported here, so that reading a spec costs nothing."""
 
+MAX_NAMES, MAX_NAME_LENGTH = 64, 100
+_MOST = {"count": 1024, "pixels": 4096}
+"""The largest number of a kind."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Param:
     """One parameter: its type, its default, and (for words) its choices."""
 
     name: str
-    kind: Literal["word", "bool", "count"]
+    kind: Literal["word", "bool", "count", "names", "pixels"]
+    """"names" is a tuple of components' names, each once; None where none are named."""
     default: Any
     about: str
     choices: tuple[str, ...] = ()
@@ -38,7 +43,15 @@ class Param:
                 return {"enum": list(self.choices)}
             case "bool":
                 return {"type": "boolean"}
-        return {"type": "integer", "minimum": 1, "maximum": 1024}
+            case "names":
+                return {
+                    "type": "array",
+                    "minItems": 1,
+                    "maxItems": MAX_NAMES,
+                    "uniqueItems": True,
+                    "items": {"type": "string", "minLength": 1, "maxLength": MAX_NAME_LENGTH},
+                }
+        return {"type": "integer", "minimum": 1, "maximum": _MOST[self.kind]}
 
     def checked(self, owner: str, value: Any) -> Any:
         """Return `value` if it is one this parameter can have. Raises: UsageError."""
@@ -48,11 +61,37 @@ class Param:
             if value in self.choices:
                 return value
             raise UsageError(f"{owner}: {self.name} cannot be {value!r}", do=did_you_mean(str(value), self.choices))
-        is_bool = isinstance(value, bool)
-        if is_bool if self.kind == "bool" else isinstance(value, int) and not is_bool and 1 <= value <= 1024:
+        if self.kind == "names":
+            if value is None or _are_names(value):
+                return None if value is None else tuple(value)
+            do = "give a list of components' names, each once, such as [vae]"
+            raise UsageError(f"{owner}: {self.name} cannot be {value!r}", do=do)
+        if value is None and self.default is None:
             return value
-        wanted = "true or false" if self.kind == "bool" else "a whole number from 1 to 1024"
+        is_bool = isinstance(value, bool)
+        most = _MOST.get(self.kind, 0)
+        if is_bool if self.kind == "bool" else isinstance(value, int) and not is_bool and 1 <= value <= most:
+            return value
+        wanted = "true or false" if self.kind == "bool" else f"a whole number from 1 to {most}"
         raise UsageError(f"{owner}: {self.name} cannot be {value!r}", do=f"give {wanted}")
+
+
+def _are_names(value: Any) -> bool:
+    """Whether a value is a list of names that a pipeline's components can have, each once."""
+    if not isinstance(value, list | tuple) or not 1 <= len(value) <= MAX_NAMES:
+        return False
+    are_words = all(isinstance(n, str) and 1 <= len(n) <= MAX_NAME_LENGTH for n in value)
+    return are_words and len(set(value)) == len(value)
+
+
+COMPONENTS = Param(
+    name="components",
+    kind="names",
+    default=None,
+    about="the components whose weights it places, by name; left out: all that no other placement names",
+    opens=True,
+)
+"""What every placement takes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +107,8 @@ class Spec:
     changes_computing: bool = False
     """Whether it changes which operators compute, or which weights there are: then a dry run applies it too. It must
     act on a pipeline without weights (on meta) as it does on a loaded one."""
+    changes_computing_with: str | None = None
+    """A parameter that changes what is computed where it is given: then a dry run applies it too (`apply_dry`)."""
     params: tuple[Param, ...] = ()
     planned_only: bool = False
     """Whether this version estimates a run with it, and does not make one."""
@@ -75,14 +116,21 @@ class Spec:
     """Whether a profile may write `name: value` for its one parameter, `value`."""
 
     def step(self, params: Mapping[str, Any] | None = None) -> Step:
-        """Return a step with defaults filled in. Raises: UsageError, naming the nearest right parameter."""
+        """Return a step with defaults filled in; a parameter that is None is left out.
+
+        Raises: UsageError, naming the nearest right parameter.
+        """
         given = dict(params or {})
         known = {p.name: p for p in self.params}
         for name in given:
             if name not in known:
                 raise UsageError(f"{self.name} has no parameter {name!r}", do=did_you_mean(name, known))
         chosen = {n: p.checked(self.name, given.get(n, p.default)) for n, p in known.items()}
-        return Step(name=self.name, params=FrozenDict(chosen))
+        return Step(name=self.name, params=FrozenDict({n: v for n, v in chosen.items() if v is not None}))
+
+    def changes(self, step: Step) -> bool:
+        """Whether a step of this optimizer changes what is computed, and so what is traced."""
+        return self.changes_computing or step.params.get(self.changes_computing_with or "") is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +170,8 @@ class Optimizer(Protocol):
     def verify(self, pipe: Pipeline, step: Step, context: Context) -> str:
         """Return one line of what is seen to hold on the pipeline. Raises: NotApplied."""
 
+    # apply_dry, where a module has it, takes the place of `apply` in a dry run.
+
 
 def nothing_to_load(step: Step, context: Context) -> dict[str, Any]:
     """The `load_arguments` of an optimizer that acts on a loaded pipeline."""
@@ -133,6 +183,26 @@ def modules(pipe: Pipeline) -> dict[str, Any]:
     import torch
 
     return {n: c for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
+
+
+def held(pipe: Pipeline, step: Step) -> dict[str, Any]:
+    """Return the components with weights that a placement holds, by name: all of them where it names none.
+
+    `engine.optimizers.placing.spread` names those of a step that holds the rest.
+    """
+    named = step.params.get("components")
+    return {n: m for n, m in modules(pipe).items() if named is None or n in named}
+
+
+def left_out(pipe: Pipeline, step: Step) -> tuple[str, ...]:
+    """Return the names of the components with weights that other placements hold."""
+    own = held(pipe, step)
+    return tuple(n for n in modules(pipe) if n not in own)
+
+
+def is_vae(component: str) -> bool:
+    """Whether a component is an autoencoder, by its name: `encode` and `decode` bypass the hooks on its forward."""
+    return component in ("vae", "vqvae", "audio_vae")
 
 
 def denoisers(pipe: Pipeline) -> dict[str, Any]:

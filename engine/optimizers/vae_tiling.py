@@ -5,8 +5,9 @@ Where a tile ends the VAE no longer sees what lies beyond, so that the result is
 
 from __future__ import annotations
 
-from engine.errors import IncompatibleError
-from engine.optimizers.spec import Context, NotApplied, Pipeline, Spec, nothing_to_load
+from engine.errors import IncompatibleError, UsageError
+from engine.optimizers import tiles
+from engine.optimizers.spec import Context, NotApplied, Param, Pipeline, Spec, nothing_to_load
 from engine.values import Step
 
 SPEC = Spec(
@@ -14,11 +15,34 @@ SPEC = Spec(
     summary="decode a large picture in overlapping tiles",
     slot=51,
     quality="near",
+    changes_computing_with="tile",
+    params=(
+        Param(
+            name="tile",
+            kind="pixels",
+            default=None,
+            about="the side of a tile in pixels, a multiple that depends on the VAE; left out: the library's own tile",
+            opens=True,
+        ),
+    ),
 )
 load_arguments = nothing_to_load
 
 
+def tile_px(step: Step) -> int | None:
+    """Return the side of a tile in pixels; None is the library's own. Raises: UsageError, while it is open."""
+    tile = step.params.get("tile")
+    if tile == "auto":
+        raise UsageError(
+            "vae_tiling: the tile is open",
+            "auto is for profiles, where the solver decides",
+            "give its side in pixels, or leave it out for the library's own",
+        )
+    return None if tile is None else int(tile)
+
+
 def apply(pipe: Pipeline, step: Step, context: Context) -> None:
+    tile = tile_px(step)
     # The pipelines' own shortcuts are gone from diffusers 0.42; the VAE has always had the method.
     try:
         pipe.vae.enable_tiling()
@@ -28,9 +52,25 @@ def apply(pipe: Pipeline, step: Step, context: Context) -> None:
             str(error),
             "leave vae_tiling out for this model",
         ) from None
+    tiles.set_sizes(pipe.vae, tile)
+
+
+def apply_dry(pipe: Pipeline, step: Step, context: Context) -> None:
+    """Set the tile and leave tiling off: a dry run switches it on itself, and records the plain way too."""
+    if not hasattr(getattr(pipe, "vae", None), "use_tiling"):
+        raise IncompatibleError(
+            f"vae_tiling cannot act on {type(pipe).__name__}: its VAE has no tiling",
+            do="leave vae_tiling out for this model",
+        )
+    tiles.set_sizes(pipe.vae, tile_px(step))
 
 
 def verify(pipe: Pipeline, step: Step, context: Context) -> str:
+    name, tile = type(pipe.vae).__name__, tile_px(step)
     if not pipe.vae.use_tiling:
-        raise NotApplied("vae_tiling", f"{type(pipe.vae).__name__}.use_tiling is false")
-    return f"{type(pipe.vae).__name__} decodes in tiles where the picture is larger than one"
+        raise NotApplied("vae_tiling", f"{name}.use_tiling is false")
+    if tile is None:
+        return f"{name} decodes in tiles where the picture is larger than one"
+    if wrong := tiles.wrong(pipe.vae, tile):
+        raise NotApplied("vae_tiling", ", ".join(f"{name}.{k} is {v}" for k, v in wrong.items()))
+    return f"{name} decodes in tiles of {tile} pixels where the picture is larger than one"

@@ -7,6 +7,7 @@ from typing import Any
 from engine import facts, optimizers
 from engine.errors import DgRunError, IncompatibleError, ModelError, NothingFitsError, OutOfMemoryError
 from engine.facts import integrity
+from engine.optimizers import placing
 from engine.optimizers.group_offload import HOOK as GROUP_HOOK
 from engine.optimizers.spec import Context, NotApplied, modules
 from engine.plan import Plan
@@ -96,7 +97,8 @@ def apply_steps(plan: Plan, pipe: Any, here: Context, told: Progress | None = No
     told = told or Quiet()
     _refuse_placed(pipe)
     idle = {n.optimizer for n in plan.notes if n.kind == "no_effect"}
-    for step in plan.optimizers:
+    placing.refuse_unknown(plan.optimizers, [*modules(pipe), *(n for n, c in pipe.components.items() if c is None)])
+    for step in placing.spread(plan.optimizers, modules(pipe)):
         spec = optimizers.spec(step.name)
         if step.name in idle and not here.has_accelerator and spec.is_placement:
             told.say(f"  {step.name}: no effect without an accelerator")

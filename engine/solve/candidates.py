@@ -10,16 +10,15 @@ from engine import compat, optimizers
 from engine.errors import IncompatibleError
 from engine.solve import opened
 from engine.solve.situation import QUALITIES, Situation
-from engine.values import Alternative, Profile, Request, Step
+from engine.values import Alternative, Request, Slot, Step
 
 MAX_OF_A_PROFILE = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One list of steps, as a profile gives it and as it acts here."""
+    """One list of steps, as a profile's slots give it and as it acts here."""
 
-    profile: Profile
     steps: tuple[Step, ...]
     own: tuple[Step, ...]
     """The profile's list, before the request had its way with it."""
@@ -29,38 +28,46 @@ class Candidate:
     key: str
     """The acting steps as text: candidates of one key are the same run."""
     order: int
-    """Its place among those of its profile, which names first what it would rather do."""
-
-    @property
-    def quality(self) -> str:
-        return max((optimizers.spec(s.name).quality for s in self.acting), key=QUALITIES.index, default="exact")
+    """Its place among those of its slots, which name first what they would rather do."""
+    quality: str
 
 
-def of_profile(profile: Profile, situation: Situation, rules: Rules) -> Iterator[Candidate]:
-    """Yield a profile's candidates, each kind of run once. Raises: IncompatibleError, when there are too many."""
+def of_slots(listed: Sequence[Slot], situation: Situation, rules: Rules) -> tuple[Candidate, ...]:
+    """Return the candidates of a profile's slots, each kind of run once.
+
+    Raises: IncompatibleError, when there are too many.
+    """
     slots = [
         [steps for alternative in slot.alternatives for steps in _alternatives(alternative, situation)]
-        for slot in profile.slots
+        for slot in listed
     ]
     count = 1
     for several in slots:
         count *= len(several)
     if count > MAX_OF_A_PROFILE:
         raise IncompatibleError(
-            f"profile {profile.name} has {count:,} combinations here",
+            f"a profile has {count:,} combinations here: {', '.join(map(str, listed))[:200]}",
             f"at most {MAX_OF_A_PROFILE:,} are tried",
             "leave some alternatives or some `auto` out",
         )
     is_free = not situation.request.require and not situation.request.forbid
-    seen: set[str] = set()
+    found: dict[str, Candidate] = {}
     for chosen in itertools.product(*slots):
         own = tuple(step for steps in chosen for step in steps)
         steps = own if is_free else constrained(own, situation.request)
-        found = rules.of(steps)
-        key = found.key
-        if key not in seen:
-            seen.add(key)
-            yield Candidate(profile, steps, own, found.findings, found.acting, key, len(seen))
+        judged = rules.of(steps)
+        same = found.get(judged.key)
+        if same is None or len(steps) < len(same.steps):
+            # Of lists that come to the same run, the one with the fewest steps that do nothing.
+            order = len(found) if same is None else same.order
+            found[judged.key] = Candidate(
+                steps, own, judged.findings, judged.acting, judged.key, order, _quality(judged.acting)
+            )
+    return tuple(found.values())
+
+
+def _quality(steps: Sequence[Step]) -> str:
+    return max((optimizers.spec(s.name).quality for s in steps), key=QUALITIES.index, default="exact")
 
 
 def _alternatives(alternative: Alternative, situation: Situation) -> Iterator[tuple[Step, ...]]:

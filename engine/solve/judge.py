@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from engine import gpus, optimizers
@@ -12,28 +13,31 @@ from engine.values import Gpu, Match, Profile, Rejection, Step
 from engine.words import listing
 
 
-def rejection(
-    profile: Profile,
-    steps: tuple[Step, ...],
-    rule: str,
-    because: str,
-    remedy: str,
-    short_bytes: int | None = None,
-    seconds: float | None = None,
-) -> Rejection:
-    """Return why a profile, or one of its candidates, was not taken."""
-    return Rejection(
-        profile=profile.name,
-        optimizers=steps,
-        rule=rule,
-        short_bytes=short_bytes,
-        because=because,
-        remedy=remedy,
-        seconds=seconds,
-    )
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a run, or a whole profile, was not taken."""
+
+    steps: tuple[Step, ...]
+    rule: str
+    because: str
+    remedy: str
+    short_bytes: int | None = None
+    seconds: float | None = None
+
+    def of(self, profile: Profile) -> Rejection:
+        """Return it as the rejection of one profile."""
+        return Rejection(
+            profile=profile.name,
+            optimizers=self.steps,
+            rule=self.rule,
+            short_bytes=self.short_bytes,
+            because=self.because,
+            remedy=self.remedy,
+            seconds=self.seconds,
+        )
 
 
-def match(profile: Profile, situation: Situation) -> Rejection | None:
+def match(profile: Profile, situation: Situation) -> Reason | None:
     """Return why a profile's `match` does not permit it, or None.
 
     Without an accelerator free VRAM means nothing: a profile asked for by name is taken then, and its placements have
@@ -46,7 +50,7 @@ def match(profile: Profile, situation: Situation) -> Rejection | None:
         where = "there is none" if gpu is None else f"{gpu.name} is here"
         what = "an accelerator" if wanted.device == "cuda" else "a machine without an accelerator"
         remedy = "--device cpu runs without the card" if wanted.device == "cpu" else "use a machine with a card"
-        return rejection(profile, profile.steps, "match.device", f"it is for {what}, and {where}", remedy)
+        return Reason(profile.steps, "match.device", f"it is for {what}, and {where}", remedy)
     return (
         _free_vram(profile, gpu)
         or _pixels(profile, situation.request.pixels)
@@ -55,7 +59,7 @@ def match(profile: Profile, situation: Situation) -> Rejection | None:
     )
 
 
-def _free_vram(profile: Profile, gpu: Gpu | None) -> Rejection | None:
+def _free_vram(profile: Profile, gpu: Gpu | None) -> Reason | None:
     at_least, below = profile.match.free_vram_at_least_bytes, profile.match.free_vram_below_bytes
     if at_least is None and below is None:
         return None
@@ -74,7 +78,7 @@ def _free_vram(profile: Profile, gpu: Gpu | None) -> Rejection | None:
         remedy = "take a profile that is made for larger cards"
     else:
         return None
-    return rejection(profile, profile.steps, "match.free_vram", because, remedy, short)
+    return Reason(profile.steps, "match.free_vram", because, remedy, short)
 
 
 def _range(wanted: Match) -> str:
@@ -86,19 +90,19 @@ def _range(wanted: Match) -> str:
     return " and ".join(parts)
 
 
-def _pixels(profile: Profile, pixels: int | None) -> Rejection | None:
+def _pixels(profile: Profile, pixels: int | None) -> Reason | None:
     at_least, below = profile.match.pixels_at_least, profile.match.pixels_below
     if at_least is not None and (pixels or 0) < at_least:
         side = round(at_least**0.5)
         because = f"it is for pictures of at least {at_least:,} pixels ({side} x {side})"
-        return rejection(profile, profile.steps, "match.pixels", because, "ask for a larger picture")
+        return Reason(profile.steps, "match.pixels", because, "ask for a larger picture")
     if below is not None and pixels is not None and pixels >= below:
         because = f"it is for pictures of less than {below:,} pixels, and this one has {pixels:,}"
-        return rejection(profile, profile.steps, "match.pixels", because, "ask for a smaller picture")
+        return Reason(profile.steps, "match.pixels", because, "ask for a smaller picture")
     return None
 
 
-def _gpus(profile: Profile, gpu: Gpu | None) -> Rejection | None:
+def _gpus(profile: Profile, gpu: Gpu | None) -> Reason | None:
     wanted = profile.match.gpus
     if not wanted:
         return None
@@ -107,47 +111,47 @@ def _gpus(profile: Profile, gpu: Gpu | None) -> Rejection | None:
     if any(fnmatchcase(name, _folded(w)) for w in wanted for name in names if name):
         return None
     because = f"it is for {listing(wanted, 'or')}, and {'there is no card' if gpu is None else f'{gpu.name} is here'}"
-    return rejection(profile, profile.steps, "match.gpus", because, "take a profile that is made for this card")
+    return Reason(profile.steps, "match.gpus", because, "take a profile that is made for this card")
 
 
 def _folded(pattern: str) -> str:
     return "*".join(gpus.folded(part) for part in pattern.split("*"))
 
 
-def _pipelines(profile: Profile, pipeline_class: str) -> Rejection | None:
+def _pipelines(profile: Profile, pipeline_class: str) -> Reason | None:
     wanted = profile.match.pipelines
     if not wanted or any(fnmatchcase(pipeline_class, w) for w in wanted):
         return None
     because = f"it is for {listing(wanted, 'or')}, and the model's pipeline is {pipeline_class}"
-    return rejection(profile, profile.steps, "match.pipelines", because, "take a profile that is made for this model")
+    return Reason(profile.steps, "match.pipelines", because, "take a profile that is made for this model")
 
 
-def candidate(found: Candidate, situation: Situation) -> Rejection | None:
+def candidate(found: Candidate, situation: Situation) -> Reason | None:
     """Return why the request, or a rule, rules a candidate out; None where nothing does."""
     return _constraint(found, situation) or _rule(found)
 
 
-def _constraint(found: Candidate, situation: Situation) -> Rejection | None:
+def _constraint(found: Candidate, situation: Situation) -> Reason | None:
     request = situation.request
     required = {s.name for s in request.require}
     for step in found.acting:
         spec = optimizers.spec(step.name)
         if step.name in request.forbid:
             because = f"it places weights by {step.name}, which is forbidden"
-            return rejection(found.profile, found.steps, "forbid", because, f"allow {step.name}")
+            return Reason(found.steps, "forbid", because, f"allow {step.name}")
         if QUALITIES.index(spec.quality) > QUALITIES.index(request.quality):
             because = f"{step.name} is {spec.quality}, and the quality asked for is {request.quality}"
             remedy = f"allow --quality {spec.quality}, or forbid {step.name}"
-            return rejection(found.profile, found.steps, "quality", because, remedy)
+            return Reason(found.steps, "quality", because, remedy)
         if spec.planned_only and step.name not in required:
             because = f"a run with {step.name} is only estimated by this version, and not made"
-            return rejection(found.profile, found.steps, "planned", because, f"--require {step.name} plans it")
+            return Reason(found.steps, "planned", because, f"--require {step.name} plans it")
     return None
 
 
-def _rule(found: Candidate) -> Rejection | None:
+def _rule(found: Candidate) -> Reason | None:
     broken = next((f for f in found.findings if f.breaks), None)
     if broken is None:
         return None
     because = f"{broken.sentence}: {broken.rule.because}"
-    return rejection(found.profile, found.steps, broken.rule.id, because, broken.rule.remedy)
+    return Reason(found.steps, broken.rule.id, because, broken.rule.remedy)

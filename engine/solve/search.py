@@ -18,10 +18,11 @@ from engine.errors import IncompatibleError
 from engine.solve import candidates, judge, reasons
 from engine.solve.candidates import Candidate, Rules
 from engine.solve.exact import is_known
+from engine.solve.judge import Reason
 from engine.solve.prices import prices
 from engine.solve.reasons import Short
 from engine.solve.situation import QUALITIES, Decision, Situation
-from engine.values import Estimate, Profile, Rejection
+from engine.values import Estimate, Profile, Rejection, Slot
 from engine.words import listing
 
 if TYPE_CHECKING:
@@ -37,29 +38,29 @@ def choose(situation: Situation, profiles: Sequence[Profile]) -> Decision:
     """
     rules = Rules(situation)
     _refuse_contradiction(situation, rules)
+    spaces = _Spaces(situation, rules)
     rejected: list[Rejection] = []
     runs: dict[str, _Run] = {}
     for profile in profiles:
         reason = judge.match(profile, situation)
         if reason is not None:
-            rejected.append(reason)
+            rejected.append(reason.of(profile))
             continue
-        for candidate in candidates.of_profile(profile, situation, rules):
-            reason = judge.candidate(candidate, situation)
+        for candidate, reason in spaces.of(profile):
             if reason is not None:
-                rejected.append(reason)
+                rejected.append(reason.of(profile))
             elif candidate.key in runs:
-                runs[candidate.key].owners.append(candidate)
+                runs[candidate.key].owners.append((profile, candidate))
             else:
-                runs[candidate.key] = _Run([candidate])
+                runs[candidate.key] = _Run([(profile, candidate)])
     found = _Search(situation, tuple(runs.values()))
     best = found.best()
     rejected += found.reasons(best)
     if best is None:
         return Decision(profile=None, steps=(), fits=False, estimate=Estimate(), rejected=tuple(rejected), notes=())
-    taken = best.owner
+    taken = best.candidate
     return Decision(
-        profile=taken.profile,
+        profile=best.profile,
         steps=taken.steps,
         fits=True if is_known(best.estimate, situation) else None,
         estimate=best.estimate,
@@ -70,6 +71,25 @@ def choose(situation: Situation, profiles: Sequence[Profile]) -> Decision:
         ),
         key=best.key or (),
     )
+
+
+class _Spaces:
+    """The candidates of profiles, judged: of two hundred profiles of a team, most are children with the same slots."""
+
+    def __init__(self, situation: Situation, rules: Rules) -> None:
+        self._situation = situation
+        self._rules = rules
+        self._known: list[tuple[tuple[Slot, ...], list[tuple[Candidate, Reason | None]]]] = []
+
+    def of(self, profile: Profile) -> Sequence[tuple[Candidate, Reason | None]]:
+        """Return a profile's candidates, each with what rules it out before anything is estimated."""
+        for slots, found in self._known:
+            if slots == profile.slots:
+                return found
+        made = candidates.of_slots(profile.slots, self._situation, self._rules)
+        judged = [(c, judge.candidate(c, self._situation)) for c in made]
+        self._known.append((profile.slots, judged))
+        return judged
 
 
 def _refuse_contradiction(situation: Situation, rules: Rules) -> None:
@@ -88,18 +108,19 @@ def _refuse_contradiction(situation: Situation, rules: Rules) -> None:
 class _Run:
     """One kind of run, and the candidates that come to it."""
 
-    owners: list[Candidate]
+    owners: list[tuple[Profile, Candidate]]
     least: Least | None = None
     least_key: Key = ()
     estimate: Estimate = field(default=Estimate())
     is_estimated: bool = False
     short: Short | None = None
     key: Key | None = None
-    owner: Candidate = field(init=False)
-    """The candidate that is named for it: of the profile that asks for the most."""
+    profile: Profile = field(init=False)
+    """The profile that is named for it: the one that asks for the most."""
+    candidate: Candidate = field(init=False)
 
     def name_owner(self) -> None:
-        self.owner = max(self.owners, key=lambda c: _rank(c.profile))
+        self.profile, self.candidate = max(self.owners, key=lambda owner: _rank(owner[0]))
 
     @property
     def seconds(self) -> float | None:
@@ -129,7 +150,7 @@ class _Search:
         """Return the run of least cost among those that fit; by `match` alone where nothing can be estimated."""
         for run in self.runs:
             run.name_owner()
-            run.least = self.situation.least(run.owner.acting)
+            run.least = self.situation.least(run.candidate.acting)
         bounds = [r.least for r in self.runs if r.least is not None]
         self.is_timed = not bounds or all(b.seconds is not None for b in bounds)
         for run in self.runs:
@@ -148,7 +169,7 @@ class _Search:
         return best if best is not None else self._by_match()
 
     def _estimate(self, run: _Run) -> None:
-        run.estimate = self.situation.estimate(run.owner.acting)
+        run.estimate = self.situation.estimate(run.candidate.acting)
         run.is_estimated = True
         if run.estimate.required_bytes is None:
             return
@@ -157,30 +178,30 @@ class _Search:
 
     def _by_match(self) -> _Run | None:
         """Return what is taken where nothing is known: the profile that asks for the most, as it comes first."""
-        firsts: dict[str, tuple[Candidate, _Run]] = {}
+        firsts: dict[str, tuple[Profile, Candidate, _Run]] = {}
         for run in self.runs:
-            for owner in run.owners if run.is_unknown else ():
-                first = firsts.get(owner.profile.name)
-                if first is None or owner.order < first[0].order:
-                    firsts[owner.profile.name] = owner, run
+            for profile, candidate in run.owners if run.is_unknown else ():
+                first = firsts.get(profile.name)
+                if first is None or candidate.order < first[1].order:
+                    firsts[profile.name] = profile, candidate, run
         if not firsts:
             return None
-        owner, run = max(firsts.values(), key=lambda f: _rank(f[0].profile))
-        run.owner = owner
+        profile, candidate, run = max(firsts.values(), key=lambda first: _rank(first[0]))
+        run.profile, run.candidate = profile, candidate
         return run
 
     def _key(self, run: _Run) -> Key:
         """Return what runs are ordered by: the least is the best."""
-        taken, owner = run.estimate, run.owner
-        quality = taken.quality or owner.quality
+        taken, candidate = run.estimate, run.candidate
+        quality = taken.quality or candidate.quality
         return self._ordered(
-            quality, self._cost(taken.seconds, run.least, quality), taken.required_bytes or 0, len(owner.acting)
+            quality, self._cost(taken.seconds, run.least, quality), taken.required_bytes or 0, len(candidate.acting)
         )
 
     def _least_key(self, run: _Run) -> Key:
         if run.least is None:
             return ()
-        quality = run.owner.quality
+        quality = run.candidate.quality
         cost = self._cost(run.least.seconds, run.least, quality)
         return self._ordered(quality, cost, run.least.required_bytes, 0)
 
@@ -205,43 +226,42 @@ class _Search:
     def reasons(self, best: _Run | None) -> Iterable[Rejection]:
         """Yield why each other candidate was not taken."""
         for run in self.runs:
-            for owner in run.owners:
-                if best is None or owner is not best.owner:
-                    yield self._reason(run, owner, best)
+            reason = self._reason(run, best)
+            for profile, _ in run.owners:
+                if run is not best or profile is not best.profile:
+                    yield reason.of(profile)
 
-    def _reason(self, run: _Run, owner: Candidate, best: _Run | None) -> Rejection:
-        profile, steps, seconds = owner.profile, owner.acting, run.seconds
+    def _reason(self, run: _Run, best: _Run | None) -> Reason:
+        steps, seconds = run.candidate.acting, run.seconds
         if (short := run.short) is not None:
-            return judge.rejection(profile, steps, short.rule, short.because, short.remedy, short.bytes, seconds)
-        remedy = f"--profile {profile.name} takes it all the same"
+            return Reason(steps, short.rule, short.because, short.remedy, short.bytes, seconds)
+        remedy = "--profile with this profile's name takes it all the same"
         if best is None or (run.is_unknown and best.key is not None):
-            because = "what it takes could not be estimated"
-            return judge.rejection(profile, steps, "estimate.unknown", because, remedy)
+            return Reason(steps, "estimate.unknown", "what it takes could not be estimated", remedy)
         if run is best:
-            because = f"it comes to the same run as {best.owner.profile.name}"
-            return judge.rejection(profile, steps, "same", because, remedy, seconds=seconds)
-        because = self._passed_over(run, owner, best)
-        return judge.rejection(profile, steps, "preferred", because, remedy, seconds=seconds)
+            because = f"it comes to the same run as {best.profile.name}"
+            return Reason(steps, "same", because, remedy, seconds=seconds)
+        return Reason(steps, "preferred", self._passed_over(run, best), remedy, seconds=seconds)
 
-    def _passed_over(self, run: _Run, owner: Candidate, best: _Run) -> str:
+    def _passed_over(self, run: _Run, best: _Run) -> str:
         if best.key is None:
-            if _rank(best.owner.profile)[0] > _rank(owner.profile)[0]:
-                return f"{best.owner.profile.name} is made for pictures of this size"
-            if owner.profile is best.owner.profile:
+            if _rank(best.profile)[0] > _rank(run.profile)[0]:
+                return f"{best.profile.name} is made for pictures of this size"
+            if run.profile is best.profile:
                 return "what its profile names first is taken, where nothing can be estimated"
-            return f"{best.owner.profile.name} asks for more free VRAM, and it is there"
-        seconds = run.seconds
+            return f"{best.profile.name} asks for more free VRAM, and it is there"
+        seconds, quality = run.seconds, run.candidate.quality
         prefer = self.situation.request.prefer
         if prefer == "vram" and run.least_key and run.least_key[0] > best.key[0]:
             return "it needs more of the card, and the least was asked for"
-        if prefer == "quality" and QUALITIES.index(owner.quality) > QUALITIES.index(best.owner.quality):
-            return f"it is {owner.quality}, and the choice is {best.owner.quality}, which was asked for"
+        if prefer == "quality" and QUALITIES.index(quality) > QUALITIES.index(best.candidate.quality):
+            return f"it is {quality}, and the choice is {best.candidate.quality}, which was asked for"
         if seconds is None or best.estimate.seconds is None:
             return "more would have to be copied to the card"
-        cost = prices()[owner.quality], prices()[best.owner.quality]
+        cost = prices()[quality], prices()[best.candidate.quality]
         if round(seconds * cost[0], 2) <= best.key[0 if prefer == "speed" else 1]:
             return "it fits, and the choice is as fast, and no worse"
-        return reasons.slower(seconds, owner.quality, cost[0], best.estimate, cost[1], is_least=not run.is_estimated)
+        return reasons.slower(seconds, quality, cost[0], best.estimate, cost[1], is_least=not run.is_estimated)
 
 
 def better(decisions: Sequence[Decision]) -> int:

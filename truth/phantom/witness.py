@@ -48,7 +48,7 @@ def steps(*named: tuple[str, dict[str, Any]]) -> list[Step]:
 
 def changing(chosen: Sequence[Step]) -> list[Step]:
     """Return the steps that a dry run applies too."""
-    return [s for s in chosen if optimizers.spec(s.name).changes_computing]
+    return list(optimizers.changing(chosen))
 
 
 def loaded_as(pipe: Any, dtype: str) -> Any:
