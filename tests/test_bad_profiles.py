@@ -256,6 +256,13 @@ BY_HAND: dict[str, tuple[str, str]] = {
     # Rules.
     "two offloads": (listed("model_offload", "sequential_offload"), "7:5: model_offload and sequential_offload cannot"),
     "two placements": (listed("resident", "group_offload"), "rule resident-or-group-offload"),
+    "one component twice": (
+        listed(*(f"group_offload: {{components: [{c}]}}" for c in ("vae", "transformer", "vae", "text_encoder"))),
+        "8:5: group_offload cannot be there twice",
+    ),
+    "a component twice": (listed("resident: {components: [vae, vae]}"), "6:28: the list holds something twice"),
+    "components by a word": (listed("resident: {components: vae}"), '6:28: "vae" is not a list'),
+    "no components": (listed("resident: {components: []}"), "6:28: the list holds 0, and needs at least 1"),
     "sliced and fused": (listed("fuse_qkv", "attention_slicing", "resident"), "rule fused-qkv-or-sliced-attention"),
     "cast after it is away": (listed("sequential_offload", "layerwise_casting"), "6:5: layerwise_casting must"),
     "cast after it is away, perhaps": (

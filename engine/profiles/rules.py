@@ -90,14 +90,15 @@ class _Told:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        return tuple(self._by_key.values())
+        return tuple(dict.fromkeys(self._by_key.values()))
 
     def add(self, found: compat.Finding, taken: Sequence[Placed]) -> None:
         """Add a broken rule, at the last of the steps that it speaks of."""
-        subject = found.subjects[-1] if found.subjects else None
-        place = next((p.place for p in reversed(taken) if p.step.name == subject), None) or self._otherwise
-        key = (found.rule.id, found.subjects, place)
+        name = found.subjects[-1] if found.subjects else None
+        spoken = [i for i, p in enumerate(taken) if p.step.name == name]
+        key = (found.rule.id, found.subjects, *(taken[i].place for i in spoken))
         if key not in self._by_key:
+            place = _last(found, taken, spoken) or self._otherwise
             what = f"{found.sentence}: {found.rule.because} (rule {found.rule.id})"
             self._by_key[key] = Problem(place, what, found.rule.remedy)
 
@@ -112,6 +113,15 @@ class _Told:
             if key not in self._by_key:
                 self._by_key[key] = Problem(place, f"{placed.step.name} is listed twice", "keep one of them")
         return bool(twice)
+
+
+def _last(found: compat.Finding, taken: Sequence[Placed], spoken: Sequence[int]) -> Place | None:
+    """Return the place of the last step that a broken rule speaks of; of one that is there twice, the one too many."""
+    if len(found.subjects) == 1:
+        for i in spoken:
+            if any(f.rule is found.rule for f in findings([p.step for p in taken[: i + 1]])):
+                return taken[i].place
+    return taken[spoken[-1]].place if spoken else None
 
 
 def _none_is_left(combinations: int, place: Place | None) -> Iterator[Problem]:
