@@ -83,12 +83,12 @@ class _Walk:
 
     def on(self, taken: list[Placed], chosen: tuple[int, ...]) -> None:
         """Go on with every alternative of the next slot."""
-        if len(chosen) == len(self._slots):
-            self.end(taken, chosen)
-            return
+        is_last = len(chosen) + 1 == len(self._slots)
         for j, alternative in enumerate(self._slots[len(chosen)]):
             more = [*taken, *alternative]
-            if not alternative or not self._excludes(more):
+            if is_last:
+                self.end(more, (*chosen, j))
+            elif not alternative or not self._excludes(more):
                 self.on(more, (*chosen, j))
 
     def _excludes(self, taken: Sequence[Placed]) -> bool:
