@@ -91,6 +91,9 @@ class DocumentError(Exception):
         self.text = text
         self.problems = tuple(problems)
 
+    def __str__(self) -> str:
+        return f"{self.source}: {self.problems[0].what if self.problems else 'it cannot be used'}"
+
     def told(self, kind: type[DgRunError], what: str) -> DgRunError:
         """Return an error of `kind` that shows every problem with its file, line, column and the line itself."""
         lines = self.text.splitlines()

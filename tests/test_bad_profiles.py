@@ -206,6 +206,7 @@ BY_HAND: dict[str, tuple[str, str]] = {
     "drop everything": (CHILD + "drop: [dtype, vae_slicing, model_offload]\n", "6:7: nothing is left"),
     "drop twice": (CHILD + "drop: [dtype, dtype]\n", "6:7: the list holds something twice"),
     "drop none": (CHILD + "drop: [none]\n", "6:8: 'none' is not known here"),
+    "drop a list": (CHILD + "set: {dtype: auto}\ndrop: [[dtype]]\n", "7:8: "),
     "set and drop": (CHILD + "set: {dtype: float16}\ndrop: [dtype]\n", "7:8: 'dtype' is set and dropped"),
     # The list.
     "no list": (HEAD, "1:1: the key 'optimizers' is missing"),
@@ -255,6 +256,13 @@ BY_HAND: dict[str, tuple[str, str]] = {
     # Rules.
     "two offloads": (listed("model_offload", "sequential_offload"), "7:5: model_offload and sequential_offload cannot"),
     "two placements": (listed("resident", "group_offload"), "rule resident-or-group-offload"),
+    "one component twice": (
+        listed(*(f"group_offload: {{components: [{c}]}}" for c in ("vae", "transformer", "vae", "text_encoder"))),
+        "8:5: group_offload cannot be there twice",
+    ),
+    "a component twice": (listed("resident: {components: [vae, vae]}"), "6:28: the list holds something twice"),
+    "components by a word": (listed("resident: {components: vae}"), '6:28: "vae" is not a list'),
+    "no components": (listed("resident: {components: []}"), "6:28: the list holds 0, and needs at least 1"),
     "sliced and fused": (listed("fuse_qkv", "attention_slicing", "resident"), "rule fused-qkv-or-sliced-attention"),
     "cast after it is away": (listed("sequential_offload", "layerwise_casting"), "6:5: layerwise_casting must"),
     "cast after it is away, perhaps": (
@@ -275,10 +283,10 @@ def refused(text: str, folder: Path) -> str:
     """Return what is said of a bad profile, which must say where; it may take no longer than a second."""
     path = write(folder, "bad.yaml", text)
     write(folder, "base.yaml", BASE)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ProfileError) as caught:
         profiles.load(path, "bad.yaml")
-    assert time.perf_counter() - start < SECONDS
+    assert time.process_time() - start < SECONDS
     assert caught.value.exit_code == 3
     told = str(caught.value)
     assert re.search(r"bad\.yaml:\d+:\d+: ", told) or text.strip("# \n") in ("", "later"), told
@@ -410,12 +418,12 @@ SETTINGS = settings(max_examples=80, deadline=None, suppress_health_check=[Healt
 
 def loaded_or_refused(text: str, folder: Path) -> None:
     path = write(folder, "random.yaml", text)
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         assert isinstance(profiles.load(path, "random.yaml"), Profile)
     except ProfileError as error:
         assert str(path) in error.what
-    assert time.perf_counter() - start < SECONDS
+    assert time.process_time() - start < SECONDS
 
 
 @SETTINGS
@@ -492,13 +500,13 @@ found = {}
 for name, text in json.loads(Path(sys.argv[1]).read_text()).items():
     path = Path(sys.argv[1]).parent / "bomb.yaml"
     path.write_text(text)
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         profiles.load(path, name)
         said = "valid"
     except ProfileError as error:
         said = str(error)
-    found[name] = (time.perf_counter() - start, len(said), said[:300])
+    found[name] = (time.process_time() - start, len(said), said[:300])
 print(json.dumps([found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before]))
 """
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -378,3 +381,14 @@ def test_the_help_names_every_action(capsys: pytest.CaptureFixture[str]) -> None
         out = capsys.readouterr().out
         assert all(f"  {a} " in out for a in ACTIONS) or arguments
         assert max(map(len, out.splitlines())) <= 120
+
+
+def test_what_the_terminal_cannot_show_is_no_reason_to_stop(here: Path) -> None:
+    with (here / "caf\udce9.yaml").open("w") as file:  # as a folder from an old system has it
+        file.write("[")
+    command = [sys.executable, "-m", "engine", "profiles"]
+    root = Path(__file__).parents[1]
+    env = os.environ | {"PYTHONPATH": str(root), "PYTHONIOENCODING": "ascii"}
+    for arguments, code in ((["list"], 0), (["lint", "."], 3)):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False, env=env)
+        assert (done.returncode, done.stderr) == (code, "")

@@ -63,7 +63,7 @@ def test_a_profile_or_scenario_in_the_documentation_is_valid(page: str, text: st
         if "dg-run/profile@" in text:
             profiles.load(path, page)
         elif text.startswith("why:"):
-            scenarios.load(path)
+            assert scenarios.run(scenarios.load(path)).differences == ()
         else:
             yaml.safe_load(text)  # for another program: pre-commit, or a CI
     except DgRunError as error:

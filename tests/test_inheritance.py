@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine import profiles
-from engine.errors import ProfileError
+from engine.errors import ProfileError, UsageError
 from engine.profiles import places
 from engine.values import Profile
 
@@ -371,6 +371,24 @@ def test_the_users_folder(here: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     folder = tmp_path / "dg-run" if variable == "XDG_CONFIG_HOME" else tmp_path / ".config" / "dg-run"
     put(folder / "profiles", "mine", "optimizers: [resident]\n")
     assert Path(profiles.find("mine").source).expanduser() == folder / "profiles" / "mine.yaml"
+
+
+@pytest.mark.parametrize(
+    "name",
+    (
+        *("", ".", "/", "a\0b", "a\0.yaml", "a" * 5000, "a" * 5000 + ".yaml", "\ud800", "\ud800.yaml"),
+        *("~nobody-here/x.yaml", "/dev/null", "/dev/zero", "profiles/", "low/", "LOW", " low", "low\n", "../low"),
+        "C:\\low.yaml",
+    ),
+)
+def test_a_name_that_nothing_can_have_is_refused(here: Path, name: str) -> None:
+    with pytest.raises(ProfileError):
+        profiles.find(name)
+
+
+def test_what_is_no_name_is_refused() -> None:
+    with pytest.raises(UsageError, match="a profile is a name or the path of a file, and not 5"):
+        profiles.find(5)  # type: ignore[arg-type]
 
 
 # What it costs.

@@ -188,3 +188,51 @@ def test_the_committed_schema_is_the_generated_one() -> None:
         [sys.executable, "-m", "tools.make_schemas", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("path", sorted(paths.data_dir("schema").glob("*.schema.json")), ids=lambda p: p.stem)
+def test_a_schema_is_one_of_the_draft_that_it_says(path: Path) -> None:
+    schema = json.loads(path.read_text(encoding="utf-8"))
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    jsonschema.Draft202012Validator.check_schema(schema)
+
+
+@pytest.mark.parametrize("path", sorted(paths.data_dir("profiles").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_first_line_of_a_built_in_profile_leads_an_editor_to_the_schema(path: Path) -> None:
+    marked, target = path.read_text(encoding="utf-8").splitlines()[0].split("$schema=")
+    assert marked == "# yaml-language-server: "
+    assert (path.parent / target).resolve() == paths.data_dir("schema") / "profile.schema.json"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        ("1.0.0", True),
+        ("0.0.0-0", True),
+        ("1.0.0-alpha.1+build.5", True),
+        ("1.0.0+001", True),
+        ("1.0.0--", True),
+        ("1.0", False),
+        ("01.0.0", False),
+        ("1.0.0-01", False),
+        ("1.0.0-a..b", False),
+        ("1.0.0+", False),
+        (" 1.0.0", False),
+    ],
+)
+def test_versions_are_semantic(tmp_path: Path, text: str, is_one: bool) -> None:
+    path = write(tmp_path, "team.yaml", GOOD.replace("1.2.3", json.dumps(text)))
+    if is_one:
+        assert profiles.load(path, "x").version == text
+    else:
+        with pytest.raises(ProfileError, match="is not a semantic version"):
+            profiles.load(path, "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [("8GiB", 8 * 2**30), ("8GB", 8 * 10**9), ('"8 GB"', 8 * 10**9), ("7.5 GiB", 15 * 2**29), ("512mib", 2**29)],
+)
+def test_sizes_have_units_and_gb_is_not_gib(tmp_path: Path, text: str, size_bytes: int) -> None:
+    path = write(tmp_path, "team.yaml", GOOD.replace("7.2GiB", text))
+    assert profiles.load(path, "x").match.free_vram_at_least_bytes == size_bytes

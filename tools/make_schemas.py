@@ -99,7 +99,7 @@ def profile_schema() -> dict[str, Any]:
         "dependentRequired": {"set": ["extends"], "drop": ["extends"]},
         "allOf": [
             {
-                "not": {"required": ["optimizers", edit]},
+                "not": {"type": "object", "required": ["optimizers", edit]},
                 "$comment": f"{edit!r} edits the parent's optimizers, and here is a list of its own",
             }
             for edit in ("set", "drop")

@@ -13,18 +13,19 @@ the same: what it shadows does not come in its place unasked.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from engine import validation
 from engine.documents import Problem
-from engine.errors import ProfileError
+from engine.errors import ProfileError, UsageError
 from engine.profiles import places, search
 from engine.profiles.places import BUILT_IN, Found, Place, only
 from engine.profiles.search import Entry, Search
 from engine.values import Profile
-from engine.words import did_you_mean, listing
+from engine.words import did_you_mean, listing, shown
 
 __all__ = [
     "BUILT_IN",
@@ -59,18 +60,26 @@ class Listed:
 
 def find(name: str) -> Profile:
     """Return a profile by its name, or by the path of its file. Raises: ProfileError."""
+    if not isinstance(name, str):
+        raise UsageError(f"a profile is a name or the path of a file, and not {name!r}")
     if is_path(name):
-        return load(Path(name).expanduser(), name)
+        return load(_expanded(name), name)
     made = _search()
     entry = made.lookup(name)
     if entry is not None:
         return made.profile(entry)
-    here = " (a file of that name is here: give its path, such as ./NAME.yaml)" if Path(name).exists() else ""
+    is_here = name != "" and os.path.lexists(name) if "\0" not in name else False
+    here = " (a file of that name is here: give its path, such as ./NAME.yaml)" if is_here else ""
     raise ProfileError(
-        f"there is no profile {name!r}",
+        f"there is no profile {shown(name)}",
         "it is none of those that `dg-run profiles list` shows, nor the path of a .yaml file" + here,
         did_you_mean(name, made.names()),
     )
+
+
+def _expanded(name: str) -> Path:
+    """Return the path that is meant; as it is written where `~` is nobody's home."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 - pathlib's raises there
 
 
 def is_path(name: str) -> bool:
@@ -113,7 +122,7 @@ def chain(name: str) -> tuple[Profile, ...]:
     first = find(name)
     if first.fallback is None:
         return (first,)
-    made, entry = _given(Path(name).expanduser(), name) if is_path(name) else (_search(), None)
+    made, entry = _given(_expanded(name), name) if is_path(name) else (_search(), None)
     entry = entry or made.lookup(name)
     return (first,) if entry is None else (first, *(made.profile(e) for e in made.fallbacks(entry)))
 
@@ -201,10 +210,11 @@ def _given(path: Path, source: str) -> tuple[Search, Entry]:
     """Return a search that begins with one file, and its entry. Raises: ProfileError, when it cannot be read."""
     try:
         made = Search(_state(), places.file(path))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: no name that a file can have
+        name = str(path) if len(str(path)) <= 200 and str(path).isprintable() else shown(str(path))
         raise ProfileError(
-            f"{path}: the profile cannot be read",
-            str(error.strerror or error),
+            f"{name}: the profile cannot be read",
+            str(getattr(error, "strerror", None) or error),
             "`dg-run profiles list` shows those that can",
         ) from None
     assert made.given is not None

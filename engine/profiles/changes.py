@@ -11,7 +11,7 @@ from engine.values import Profile, Slot, Step
 
 def between(old: Profile, new: Profile) -> tuple[str, ...]:
     """Return a line for each difference; () where both mean the same."""
-    return tuple(_differences(old, new))
+    return tuple(dict.fromkeys(_differences(old, new)))
 
 
 def _differences(old: Profile, new: Profile) -> Iterator[str]:

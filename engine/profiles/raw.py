@@ -214,5 +214,5 @@ class _Reader:
         edits, drops = told.get("set"), told.get("drop")
         if isinstance(edits, dict) and isinstance(drops, list):
             for i, name in enumerate(drops):
-                if name in edits:
+                if isinstance(name, str) and name in edits:
                     self._say(f"{shown(name)} is set and dropped", "leave one of them out", "drop", i)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -50,35 +49,69 @@ def judge(slots: Sequence[Alternatives], otherwise: Place | None) -> Judged:
         place = next((p for p in map(_first_place, slots) if p is not None), otherwise)
         what = f"the alternatives make {combinations:,} combinations, and {MAX_COMBINATIONS:,} are looked at"
         return Judged((Problem(place, what, "split the profile, or leave alternatives out"),))
-    reached: set[tuple[int, int]] = set()
-    excluded = _Told(otherwise)
-    for slot in slots:
-        for alternative in slot:
-            excluded.repeats(alternative)
-    if excluded.problems:
-        return Judged(excluded.problems)  # twice in one breath is a slip, whatever else may be taken
-    misplaced = _Told(otherwise)
-    for chosen in itertools.product(*(range(len(s)) for s in slots)):
-        taken = [p for slot, i in zip(slots, chosen, strict=True) for p in slot[i]]
+    walk = _Walk(slots, otherwise)
+    walk.repeats_within_alternatives()
+    if walk.excluded.problems:
+        return Judged(walk.excluded.problems)  # twice in one breath is a slip, whatever else may be taken
+    if combinations == 1:
+        walk.end([p for (only,) in slots for p in only], (0,) * len(slots))
+    else:
+        walk.on([], ())
+    if not walk.reached:
+        problems = (*walk.excluded.problems, *walk.misplaced.problems, *_none_is_left(combinations, otherwise))
+        return Judged(problems)
+    if walk.misplaced.problems:
+        return Judged(walk.misplaced.problems)
+    every = {(i, j) for i, slot in enumerate(slots) for j in range(len(slot))}
+    return Judged((), tuple(_unreachable(slots, where, otherwise) for where in sorted(every - walk.reached)))
+
+
+class _Walk:
+    """A walk through all combinations; steps that exclude each other are not followed further: no later one helps."""
+
+    def __init__(self, slots: Sequence[Alternatives], otherwise: Place | None) -> None:
+        self._slots = slots
+        self.excluded = _Told(otherwise)
+        self.misplaced = _Told(otherwise)
+        self.reached: set[tuple[int, int]] = set()
+        """(slot, alternative) of each that is in a combination that may be used."""
+
+    def repeats_within_alternatives(self) -> None:
+        for slot in self._slots:
+            for alternative in slot:
+                self.excluded.repeats(alternative)
+
+    def on(self, taken: list[Placed], chosen: tuple[int, ...]) -> None:
+        """Go on with every alternative of the next slot."""
+        is_last = len(chosen) + 1 == len(self._slots)
+        for j, alternative in enumerate(self._slots[len(chosen)]):
+            more = [*taken, *alternative]
+            if is_last:
+                self.end(more, (*chosen, j))
+            elif not alternative or not self._excludes(more):
+                self.on(more, (*chosen, j))
+
+    def _excludes(self, taken: Sequence[Placed]) -> bool:
+        broken = [f for f in findings([p.step for p in taken]) if f.rule.kind == "excludes"]
+        for found in broken:
+            self.excluded.add(found, taken)
+        return self.excluded.repeats(taken) or bool(broken)
+
+    def end(self, taken: Sequence[Placed], chosen: tuple[int, ...]) -> None:
+        """Judge a whole combination."""
         broken = findings([p.step for p in taken])
-        is_excluded = excluded.repeats(taken)
+        is_excluded = self.excluded.repeats(taken)
         for found in broken:
             if found.rule.kind != "before":
-                excluded.add(found, taken)
+                self.excluded.add(found, taken)
                 is_excluded = True
         if not is_excluded:
-            reached.update(enumerate(chosen))
-        if not is_excluded or combinations == 1:
+            self.reached.update(enumerate(chosen))
+        if not is_excluded or all(len(s) == 1 for s in self._slots):
             # An order can be broken only by steps that can occur together.
             for found in broken:
                 if found.rule.kind == "before":
-                    misplaced.add(found, taken)
-    if not reached:
-        return Judged((*excluded.problems, *misplaced.problems, *_none_is_left(combinations, otherwise)))
-    if misplaced.problems:
-        return Judged(misplaced.problems)
-    every = {(i, j) for i, slot in enumerate(slots) for j in range(len(slot))}
-    return Judged((), tuple(_unreachable(slots, where, otherwise) for where in sorted(every - reached)))
+                    self.misplaced.add(found, taken)
 
 
 class _Told:
@@ -90,14 +123,15 @@ class _Told:
 
     @property
     def problems(self) -> tuple[Problem, ...]:
-        return tuple(self._by_key.values())
+        return tuple(dict.fromkeys(self._by_key.values()))
 
     def add(self, found: compat.Finding, taken: Sequence[Placed]) -> None:
         """Add a broken rule, at the last of the steps that it speaks of."""
-        subject = found.subjects[-1] if found.subjects else None
-        place = next((p.place for p in reversed(taken) if p.step.name == subject), None) or self._otherwise
-        key = (found.rule.id, found.subjects, place)
+        name = found.subjects[-1] if found.subjects else None
+        spoken = [i for i, p in enumerate(taken) if p.step.name == name]
+        key = (found.rule.id, found.subjects, *(taken[i].place for i in spoken))
         if key not in self._by_key:
+            place = _last(found, taken, spoken) or self._otherwise
             what = f"{found.sentence}: {found.rule.because} (rule {found.rule.id})"
             self._by_key[key] = Problem(place, what, found.rule.remedy)
 
@@ -112,6 +146,15 @@ class _Told:
             if key not in self._by_key:
                 self._by_key[key] = Problem(place, f"{placed.step.name} is listed twice", "keep one of them")
         return bool(twice)
+
+
+def _last(found: compat.Finding, taken: Sequence[Placed], spoken: Sequence[int]) -> Place | None:
+    """Return the place of the last step that a broken rule speaks of; of one that is there twice, the one too many."""
+    if len(found.subjects) == 1:
+        for i in spoken:
+            if any(f.rule is found.rule for f in findings([p.step for p in taken[: i + 1]])):
+                return taken[i].place
+    return taken[spoken[-1]].place if spoken else None
 
 
 def _none_is_left(combinations: int, place: Place | None) -> Iterator[Problem]:

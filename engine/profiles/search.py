@@ -71,12 +71,19 @@ class Search:
                 found.append(_entries(place, files, i))
         return tuple(found)
 
+    @cached_property
+    def _by_name(self) -> dict[str, list[Entry]]:
+        found: dict[str, list[Entry]] = {}
+        for shelf in self.shelves:
+            for entry in shelf:
+                found.setdefault(entry.name, []).append(entry)
+        return found
+
     def candidates(self, name: str, after: int = -1) -> Iterator[Entry]:
         """Yield the entries of a name in the order of the search, from the place behind `after` on."""
         if self.given is not None and after < 0 and self.given.name == name:
             yield self.given
-        for shelf in self.shelves[max(0, after + 1) :]:
-            yield from (e for e in shelf if e.name == name)
+        yield from (e for e in self._by_name.get(name, ()) if e.shelf > after)
 
     def lookup(self, name: str, entry: Entry | None = None) -> Entry | None:
         """Return what a name means; within a profile its own name means the next profile of that name."""
@@ -84,7 +91,7 @@ class Search:
         return next(self.candidates(name, after), None)
 
     def names(self) -> list[str]:
-        return list(dict.fromkeys(e.name for shelf in self.shelves for e in shelf))
+        return list(self._by_name)
 
     def result(self, entry: Entry, *, for_name: bool = True) -> Result:
         """Return an entry's profile with everything that is to be said against it.
@@ -202,7 +209,8 @@ class Search:
         """Yield that another file of the same place has the same name: which of them is meant nobody can know."""
         if entry is self.given:
             return
-        others = [e.source for e in self.shelves[entry.shelf] if e.name == entry.name and e is not entry]
+        same = self._by_name.get(entry.name, ())
+        others = [e.source for e in same if e.shelf == entry.shelf and e is not entry]
         if others:
             what = f"the name {shown(entry.name)} is also that of {listing(others)}"
             yield Problem(entry.raw.place("name"), what, "rename one of them")
