@@ -189,19 +189,36 @@ def _other_notes(plan: Plan) -> list[Note]:
 
 
 def _rejected(rejections: Sequence[Rejection]) -> str:
-    """Return a line a run, the nearest first: profiles that come to the same run for the same reason share it."""
-    shared: dict[tuple[str, str], list[Rejection]] = {}
+    """Return a line a kind of run, the nearest of its kind: what costs more, what is short, what is not allowed."""
+    kinds: dict[tuple[str, ...], list[Rejection]] = {}
     for rejection in rejections:
         if rejection.rule == "same":
             continue  # another profile's name for what was taken
         is_whole = rejection.rule.startswith("match.")  # the profile as such, and not one of its alternatives
-        run = "" if is_whole else _run(rejection.optimizers)
-        shared.setdefault((run, rejection.because), []).append(rejection)
-    lines = [(_order(several[0]), f"{_named(run, several)}: {because}") for (run, because), several in shared.items()]
-    told = [text for _, text in sorted(lines, key=lambda line: line[0])]
+        kind = (rejection.profile,) if is_whole else (rejection.rule.partition(".")[0], *_kind(rejection.optimizers))
+        kinds.setdefault(kind, []).append(rejection)
+    lines = sorted((*_order(best := min(several, key=_order)), _line(best, several)) for several in kinds.values())
+    told = [text for *_, text in lines]
     if len(told) > _MOST_LINES:
-        told = [*told[:_MOST_LINES], f"and {len(told) - _MOST_LINES} more, which --json lists"]
+        told = [*told[:_MOST_LINES], f"and {len(told) - _MOST_LINES} more kinds, which --json lists"]
     return "\n".join(told)
+
+
+def _kind(steps: Sequence[Step]) -> tuple[str, ...]:
+    """Return what of a list makes it another kind of run: which steps, and which kind of group, and not how large."""
+    return tuple(
+        f"{s.name} {s.params.get('type', '')} {bool(s.params.get('components'))}"
+        for s in steps
+        if s.name not in ("dtype", "vae_slicing", "vae_tiling")
+    )
+
+
+def _line(best: Rejection, several: Sequence[Rejection]) -> str:
+    same = [r for r in several if r.optimizers == best.optimizers and r.because == best.because]
+    run = "" if best.rule.startswith("match.") else _run(best.optimizers)
+    others = len({str(r.optimizers) for r in several}) - 1
+    more = f" (and {others} like it)" if others else ""
+    return f"{_named(run, same)}: {best.because}{more}"
 
 
 def _named(run: str, several: Sequence[Rejection]) -> str:
@@ -211,7 +228,7 @@ def _named(run: str, several: Sequence[Rejection]) -> str:
 
 def _order(rejection: Rejection) -> tuple[int, float]:
     """Return where a rejection stands: what fits and costs more, what is short of memory, what a rule forbids."""
-    if rejection.rule == "preferred":
+    if rejection.rule in ("preferred", "planned", "quality"):
         return 0, rejection.seconds or 0.0
     if rejection.rule.startswith("estimate."):
         return 1, rejection.short_bytes or 0

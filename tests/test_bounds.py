@@ -72,7 +72,6 @@ def test_a_bound_is_never_more_than_the_replay(model: str) -> None:
         least = made.least(
             steps,
             context_bytes=workspaces.context_bytes(gpu.compute_capability, None),
-            host_base_bytes=whole.HOST_BASE_BYTES,
             computing_s=sum(seconds.values()),
             speed=speed,
             denoising_steps=steps_taken,
@@ -117,7 +116,6 @@ def test_the_bounds_of_another_tile_leave_out_what_decoding_holds() -> None:
     without = found[0].least(
         [_step("resident")],
         context_bytes=0,
-        host_base_bytes=0,
         computing_s=1.0,
         speed=None,
         denoising_steps=request.steps,

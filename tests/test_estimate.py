@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 import engine
 from engine import facts, optimizers, validation
 from engine.errors import IncompatibleError
-from engine.estimate import between, placements, whole
+from engine.estimate import between, bounds, placements, whole
 from engine.estimate.trace import Builder, Trace, TracedModule, Work
 from engine.plan import Plan
 from engine.values import Estimate, HostBytes, Step
 from tests import toys
 from tests.conftest import GIB, RTX_4090, card, machine
 
-BASE = whole.HOST_BASE_BYTES
+BASE = bounds.HOST_BASE_BYTES
 PLACEMENTS = ("resident", "model_offload", "sequential_offload", "group_offload")
 
 

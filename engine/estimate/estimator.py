@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from engine.estimate.trace import Trace
 
 UNKNOWN = Estimate()
+_REQUESTS_KEPT = 32
+_LEASTS: dict[tuple[str, str], dict[str, Least]] = {}
+"""A bound of a trace that is not there yet is weaker than its own: what was asked before it was made stays valid."""
 
 
 class Estimator:
@@ -106,10 +110,18 @@ class Estimator:
 
         It may make the dry run of the plain pipeline, and never one for tiles of another size. Raises: as an estimate.
         """
-        dtype, changes = _dtype(steps), _changes(steps)
-        if self._unknown(steps, dtype) is not None or self.gpu is None or self.gpu.compute_capability is None:
+        asked = "; ".join(map(str, steps))
+        if asked not in self._leasts:
+            found = self._least(steps)
+            if found is None:
+                return None
+            self._leasts[asked] = found
+        return self._leasts[asked]
+
+    def _least(self, steps: Sequence[Step]) -> Least | None:
+        if self._unknown(steps, dtype := _dtype(steps)) is not None or self.gpu is None or self._context is None:
             return None
-        along = way(steps)
+        changes, along = _changes(steps), way(steps)
         found = self._bounds(dtype, changes, along, may_trace=False)
         is_own = found is not None
         if found is None:
@@ -118,15 +130,11 @@ class Estimator:
             found = self._bounds(dtype, others, along if is_own else "", may_trace=True)
         if found is None:
             return None
-        from engine.estimate import workspaces
-        from engine.estimate.whole import HOST_BASE_BYTES
-
         bounds, seconds = found
         computing = None if seconds is None else sum(s for n, s in seconds.items() if is_own or "decode" not in n)
         return bounds.least(
             steps,
-            context_bytes=workspaces.context_bytes(self.gpu.compute_capability, self.calibration),
-            host_base_bytes=HOST_BASE_BYTES,
+            context_bytes=self._context,
             computing_s=computing,
             speed=self._speeds(),
             denoising_steps=self.request.steps,
@@ -171,6 +179,22 @@ class Estimator:
             return {}
         found = self._bounds(dtype, (), "", may_trace=True)
         return {} if found is None else {n: p.weights_bytes for n, p in found[0].parts.items()}
+
+    @functools.cached_property
+    def _leasts(self) -> dict[str, Least]:
+        """Bounds by steps, shared by all that ask for one request on one card: a hundred of them, a request."""
+        asked = store.key(self.model, self.request, ""), self._card or ""
+        for oldest in list(_LEASTS)[:-_REQUESTS_KEPT]:
+            _LEASTS.pop(oldest, None)
+        return _LEASTS.setdefault(asked, {})
+
+    @functools.cached_property
+    def _context(self) -> int | None:
+        """What CUDA takes of the card before anything is computed."""
+        from engine.estimate import workspaces
+
+        capability = None if self.gpu is None else self.gpu.compute_capability
+        return None if capability is None else workspaces.context_bytes(capability, self.calibration)
 
     def _speeds(self) -> Speeds | None:
         if self._speed is None and self.gpu is not None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine import paths, versions
 from engine.estimate.dryrunner import DryRunner
-from engine.facts.model import Component, Model
+from engine.facts.model import Model
 from engine.files import write
 from engine.values import Estimate, Gpu, HostBytes, Interval, Phase, Request, Step
 
@@ -49,7 +49,7 @@ def key(model: Model, request: Request, dtype: str, changes: Sequence[Step] = ()
     """
     content: dict[str, Any] = {
         "pipeline": model.pipeline_class,
-        "components": {n: _configured(c) for n, c in model.components.items()},
+        "components": _configured(model),
         "sizes": [request.height, request.width, request.frames, request.batch],
         "guidance": request.guidance,
         "call": dict(request.call),
@@ -62,8 +62,21 @@ def key(model: Model, request: Request, dtype: str, changes: Sequence[Step] = ()
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _configured(component: Component) -> dict[str, Any]:
-    return {k: v for k, v in dataclasses.asdict(component).items() if k not in _OF_FILES}
+def _configured(model: Model) -> dict[str, Any]:
+    """Return what of a model's components decides a trace. Copied once for each model: there are hundreds of keys."""
+    known = _configurations.get(id(model))
+    if known is None or known[0] is not model:
+        made = {
+            name: {k: v for k, v in dataclasses.asdict(component).items() if k not in _OF_FILES}
+            for name, component in model.components.items()
+        }
+        known = _configurations[id(model)] = model, made
+        for oldest in list(_configurations)[:-_KEPT_IN_MEMORY]:
+            _configurations.pop(oldest, None)
+    return known[1]
+
+
+_configurations: dict[int, tuple[Model, dict[str, Any]]] = {}
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from engine import gpus, optimizers
 from engine.calibration import Calibration
 from engine.estimate import allocator, clock, stream, workspaces
+from engine.estimate.bounds import HOST_BASE_BYTES
 from engine.estimate.clock import Speeds
 from engine.estimate.pinned import pinned_bytes
 from engine.estimate.placements import (
@@ -30,10 +31,6 @@ from engine.estimate.trace import Trace, Work
 from engine.estimate.ways import way
 from engine.optimizers import placing
 from engine.values import Estimate, Gpu, HostBytes, Interval, Phase, Step
-
-HOST_BASE_BYTES = 300 * 1024**2
-"""Anonymous memory of a process that has imported torch, diffusers and transformers and loaded nothing: 284 MB,
-measured on Linux with the CPU build of torch 2.13. What CUDA's driver adds is not known, and not counted."""
 
 MARGIN = 0.015
 """Beside the mechanisms' own range: assumed, for what is held and not modelled."""

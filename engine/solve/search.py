@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from engine import compat, optimizers
 from engine.errors import IncompatibleError
-from engine.solve import candidates, judge, reasons
+from engine.facts.model import Model
+from engine.solve import candidates, judge, opened, reasons
 from engine.solve.candidates import Candidate, Rules
 from engine.solve.exact import is_known
 from engine.solve.judge import Reason
@@ -38,7 +39,7 @@ def choose(situation: Situation, profiles: Sequence[Profile]) -> Decision:
     """
     rules = Rules(situation)
     _refuse_contradiction(situation, rules)
-    spaces = _Spaces(situation, rules)
+    spaces: _Spaces | None = None
     rejected: list[Rejection] = []
     runs: dict[str, _Run] = {}
     for profile in profiles:
@@ -46,6 +47,7 @@ def choose(situation: Situation, profiles: Sequence[Profile]) -> Decision:
         if reason is not None:
             rejected.append(reason.of(profile))
             continue
+        spaces = spaces or _Spaces(situation, rules)
         for candidate, reason in spaces.of(profile):
             if reason is not None:
                 rejected.append(reason.of(profile))
@@ -79,17 +81,48 @@ class _Spaces:
     def __init__(self, situation: Situation, rules: Rules) -> None:
         self._situation = situation
         self._rules = rules
-        self._known: list[tuple[tuple[Slot, ...], list[tuple[Candidate, Reason | None]]]] = []
+        self._known = _remembered(situation)
 
     def of(self, profile: Profile) -> Sequence[tuple[Candidate, Reason | None]]:
         """Return a profile's candidates, each with what rules it out before anything is estimated."""
-        for slots, found in self._known:
+        for slots, found in tuple(self._known):
             if slots == profile.slots:
                 return found
         made = candidates.of_slots(profile.slots, self._situation, self._rules)
         judged = [(c, judge.candidate(c, self._situation)) for c in made]
         self._known.append((profile.slots, judged))
         return judged
+
+
+_Judged = list[tuple[tuple[Slot, ...], list[tuple[Candidate, Reason | None]]]]
+_KEPT = 16
+_kept: dict[tuple[object, ...], tuple[Model, _Judged]] = {}
+
+
+def _remembered(situation: Situation) -> _Judged:
+    """Return what was judged in a situation like this one: all but free memory and time, which judge nothing here.
+
+    A process that plans for one model after another finds it again; the last few are kept.
+    """
+    request, gpu = situation.request, situation.gpu
+    sizes = situation.sizes(opened.dtypes(situation)[0])
+    asked = (
+        id(situation.model),  # which is kept beside it, so that nothing else can have its place
+        situation.device,
+        None if gpu is None else gpu.compute_capability,
+        situation.platform,
+        situation.gpus,
+        tuple(sizes.items()),
+        *(request.prompts_known, request.batch, request.height, request.width, request.quality),
+        tuple(map(str, request.require)),
+        request.forbid,
+    )
+    found = _kept.get(asked)
+    if found is None:
+        found = _kept[asked] = situation.model, []
+        for oldest in list(_kept)[:-_KEPT]:
+            _kept.pop(oldest, None)
+    return found[1]
 
 
 def _refuse_contradiction(situation: Situation, rules: Rules) -> None:
