@@ -24,15 +24,15 @@ class Subject:
 
     def accepts(self, params: Mapping[str, Any], dtype: str | None) -> bool:
         """Whether a step with these parameters is meant, in a run that computes in `dtype` (None: not known)."""
-        return all(
-            (name in params or wanted is None) and accepted(wanted, params.get(name), dtype)
-            for name, wanted in self.params
-        )
+        for name, wanted in self.params:
+            if name not in params or not accepted(wanted, params[name], dtype):
+                return False
+        return True
 
 
 def accepted(wanted: Any, value: Any, dtype: str | None) -> bool:
     """Whether a parameter's value is one that a rule asks for."""
-    if isinstance(wanted, Mapping):
+    if isinstance(wanted, dict):  # not Mapping: this is asked a thousand times in a search, and that is slow to ask
         if "unlike" in wanted:  # named, and another than the run's; what the run itself decides is like it
             return value is not None and value != "auto" and dtype is not None and value != dtype
         return value is not None and value != "auto" and value not in wanted["other_than"]
@@ -146,5 +146,5 @@ def _frozen(value: Any) -> Any:
 def known_params(name: str) -> Mapping[str, tuple[Any, ...] | None]:
     """Return the parameters that a rule may ask for of an optimizer, with their choices (None: any value)."""
     own = optimizers.spec(name).params if name in optimizers.NAMES else ()
-    choices = {"bool": (True, False), "word": (), "count": None, "pixels": None, "names": None}
+    choices = {"bool": (True, False), "word": (), "count": None}
     return {p.name: p.choices or choices[p.kind] for p in own} | dict(shipped().planned.get(name, {}))
