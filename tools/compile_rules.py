@@ -14,7 +14,7 @@ from typing import Any
 
 from engine import compat, optimizers
 from engine.compat import Rule, Subject
-from engine.optimizers.spec import Spec
+from engine.compat.rules import accepted
 from engine.words import listing
 
 Schema = dict[str, Any]
@@ -102,7 +102,7 @@ class _Compiler:
     def _step(self, subject: Subject, rule: Rule | None = None) -> Schema:
         """Return a reference to what a step is that a rule speaks of.
 
-        Placements that exclude each other where they hold the same: those that name no components hold what is left, and
+        Of placements that exclude each other where they hold the same, those that name no components hold what is left;
         of those that name some a schema says nothing.
         """
         rest = rule is not None and rule.overlap
@@ -147,13 +147,14 @@ def _told(sentence: str, rule: Rule, remedy: str) -> Schema:
 def _step(subject: Subject, rest: bool) -> Schema:
     """Return the schema of a step: its name alone counts where its defaults are meant."""
     spec = optimizers.spec(subject.optimizer)
-    wanted = {name: _values(value, spec, name) for name, value in subject.params}
-    others = [p.name for p in spec.params if p.name in wanted and p.default not in wanted[p.name]]
+    defaults = {p.name: p.default for p in spec.params}
+    wanted = {name: _value(value) for name, value in subject.params}
+    others = [name for name, value in subject.params if not accepted(value, defaults[name], None)]
     written: Schema = {}
     if spec.scalar and wanted:
-        written = {"enum": list(wanted["value"])}
+        written = wanted["value"]
     elif wanted:
-        written = {"properties": {name: {"enum": list(values)} for name, values in wanted.items()}}
+        written = {"properties": wanted}
     if others and not spec.scalar:
         written["required"] = others
     if rest:
@@ -164,9 +165,8 @@ def _step(subject: Subject, rest: bool) -> Schema:
     return {"anyOf": [*([] if others else [{"const": spec.name}]), named]}
 
 
-def _values(wanted: Any, spec: Spec, name: str) -> tuple[Any, ...]:
+def _value(wanted: Any) -> Schema:
+    """Return the schema of a parameter's value; what is left open is neither one nor another."""
     if isinstance(wanted, dict):
-        (param,) = (p for p in spec.params if p.name == name)
-        choices = {"bool": (True, False), "word": param.choices}.get(param.kind, tuple(range(1, 1025)))
-        return tuple(c for c in choices if c not in wanted["other_than"] and c != "auto")
-    return wanted if isinstance(wanted, tuple) else (wanted,)
+        return {"not": {"enum": [*wanted["other_than"], "auto", None]}}
+    return {"enum": list(wanted) if isinstance(wanted, tuple) else [wanted]}

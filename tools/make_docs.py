@@ -44,20 +44,20 @@ HEAD = """\
 # Compatibility
 
 What goes together and what does not, as the installed libraries have it: {rules} rules and {facts} facts, of
-[`schema/compatibility.yaml`](../schema/compatibility.yaml). Each is shown by a test that runs the libraries' own code, most of
-them on a device that counts every byte; where that was not possible, its source was read, and it says so. A rule that is bound to
-versions is silent on others, and a rule that needs to know something of the model or the machine is silent where that is not known.
+[`schema/compatibility.yaml`](../schema/compatibility.yaml). Each is shown by a test that runs the libraries' own code,
+most of them on a device that counts every byte; where that was not possible it says so. A rule that is bound to
+versions is silent on others; one that asks for something of the model or the machine is silent where it is not known.
 
-The rules that need neither model nor machine are in the JSON Schema of profiles too: an editor underlines `model_offload` beside
+Rules that need neither are in the JSON Schema of profiles too: an editor underlines `model_offload` beside
 `group_offload` while it is typed.
 
 ## The matrix
 
 {matrix}
 
-✓ goes together: each pair was executed, both took effect, and the picture was the one that is drawn without the placement.
-(✓) goes together as far as the rules know: xDiT's processes cannot be started without cards, and this was not executed.
-✗ is refused, by the rule that the cell leads to.
+- ✓ goes together: the pair was executed, both took effect, and the picture is the one drawn without the placement.
+- (✓) goes together as far as the rules know: xDiT cannot be started without cards, and the pair was not executed.
+- ✗ is refused, by the rule that the cell leads to.
 """
 
 
@@ -68,9 +68,7 @@ def page() -> str:
     for kind, (title, about) in KINDS.items():
         parts.append(f"\n## {title}\n\n{about}\n")
         parts += [f"\n{_rule(r)}" for r in whole.rules if r.kind == kind]
-    parts.append(
-        "\n## Facts\n\nWhat holds of the libraries, and no list of optimizers can break. The optimizers are written by them.\n"
-    )
+    parts.append("\n## Facts\n\nWhat holds of the libraries, and no list of optimizers can break.\n")
     parts += [f"\n{_fact(f)}" for f in whole.facts]
     names = [f"`{n}`{_choices(p)}" for n, p in whole.planned.items()]
     parts.append(

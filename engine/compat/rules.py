@@ -25,7 +25,7 @@ class Subject:
     def accepts(self, params: Mapping[str, Any], dtype: str | None) -> bool:
         """Whether a step with these parameters is meant, in a run that computes in `dtype` (None: not known)."""
         for name, wanted in self.params:
-            if name not in params or not accepted(wanted, params[name], dtype):
+            if not accepted(wanted, params.get(name), dtype):
                 return False
         return True
 
@@ -45,7 +45,7 @@ def _told(wanted: Any) -> str:
         return f"not {_told(tuple(what))}" if how == "other_than" else f"unlike the {what}"
     if isinstance(wanted, tuple):
         return " or ".join(map(_told, wanted))
-    return str(wanted).lower() if isinstance(wanted, bool) else str(wanted)
+    return str(wanted).lower() if isinstance(wanted, bool | None) else str(wanted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,5 +146,5 @@ def _frozen(value: Any) -> Any:
 def known_params(name: str) -> Mapping[str, tuple[Any, ...] | None]:
     """Return the parameters that a rule may ask for of an optimizer, with their choices (None: any value)."""
     own = optimizers.spec(name).params if name in optimizers.NAMES else ()
-    choices = {"bool": (True, False), "word": (), "count": None}
-    return {p.name: p.choices or choices[p.kind] for p in own} | dict(shipped().planned.get(name, {}))
+    choices = {"bool": (True, False), "word": ()}
+    return {p.name: p.choices or choices.get(p.kind) for p in own} | dict(shipped().planned.get(name, {}))
