@@ -24,10 +24,7 @@ class Subject:
 
     def accepts(self, params: Mapping[str, Any], dtype: str | None) -> bool:
         """Whether a step with these parameters is meant, in a run that computes in `dtype` (None: not known)."""
-        for name, wanted in self.params:
-            if not accepted(wanted, params.get(name), dtype):
-                return False
-        return True
+        return all(accepted(wanted, params.get(name), dtype) for name, wanted in self.params)
 
 
 def accepted(wanted: Any, value: Any, dtype: str | None) -> bool:
