@@ -114,7 +114,8 @@ def _told(document: Document, error: ValidationError, words: Sequence[str] = ())
     if keyword == "not" and (because := schema.get("$comment")):
         # What may not be there together is shown where the last of it stands.
         key = wanted.get("required", [None])[-1]
-        yield Problem(here if key is None else document.place([*path, key], key=True), str(because))
+        place = here if key is None else document.place([*path, key], key=True)
+        yield Problem(place, str(because), _remedy(value, wanted, schema))
         return
     if keyword == "anyOf" and error.context:
         # The first of them is the usual form; the others are words that may stand for it.

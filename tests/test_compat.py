@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 import timeit
 from collections.abc import Sequence
 from typing import Any
@@ -289,5 +290,5 @@ def test_thousands_of_lists_are_judged_in_little_time() -> None:
     names = ("dtype", "fuse_qkv", "layerwise_casting", "vae_slicing", "vae_tiling", "group_offload")
     listed = [Step(name="lora"), *steps(*names), Step(name="compile")]
     speaking.findings(listed)
-    best = min(timeit.repeat(lambda: speaking.findings(listed), number=500, repeat=5)) / 500
-    assert best < 100e-6  # some 10 where the machine does nothing else
+    runs = timeit.repeat(lambda: speaking.findings(listed), number=500, repeat=5, timer=time.process_time)
+    assert min(runs) / 500 < 100e-6  # some 15 where the machine does nothing else

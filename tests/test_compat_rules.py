@@ -14,6 +14,7 @@ import pytest
 
 from engine import compat, documents, optimizers, paths, versions
 from tests.evidence import statements
+from tools import make_docs
 
 ROOT = Path(__file__).parents[1]
 WHOLE = compat.shipped()
@@ -199,3 +200,14 @@ def test_every_statement_came_to_something() -> None:
         assert set(statement.held_by) <= ids, statement.about
     assert len(statements.ALL) == statements.COLLECTED
     assert len({s.about for s in statements.ALL}) == len(statements.ALL)
+
+
+def test_the_page_is_made_of_the_rules() -> None:
+    assert make_docs.PATH.read_text(encoding="utf-8") == make_docs.page(), "stale: make schemas"
+
+
+def test_every_cell_of_the_matrix_is_on_the_page() -> None:
+    rows = [line.split(" | ") for line in make_docs.matrix().splitlines()[2:]]
+    assert [len(row) - 1 for row in rows] == [4] * 6
+    told = Counter(cell.strip("| ")[:2] for row in rows for cell in row[1:])
+    assert told == {"✓": 9, "[✗": 9, "–": 3, "(✓": 3}

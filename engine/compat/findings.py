@@ -144,6 +144,7 @@ class _Active:
         few = {"before": 1, "excludes": max(1, len(names) - 1)}.get(rule.kind, len(names))
         self.triggers = tuple(names)[:few]
         self.partners = self._partners()
+        self._pairs = tuple(combinations(rule.subjects, 2))
         self.speaks = {"excludes": self._excludes, "before": self._before}.get(rule.kind, self._alone)
 
     def _partners(self) -> frozenset[str] | None:
@@ -173,9 +174,10 @@ class _Active:
 
     def _excludes(self, named: _Named, shared: Sequence[Step] | None) -> tuple[str, ...]:
         found: dict[str, None] = {}
-        for first, second in combinations(self.rule.subjects, 2):
-            for i, a in self._meant(first, named, shared):
-                for j, b in self._meant(second, named, shared):
+        for first, second in self._pairs:
+            others = self._meant(second, named, shared)
+            for i, a in self._meant(first, named, shared) if others else ():
+                for j, b in others:
                     if i != j and (not self.rule.overlap or _overlap(a, b)):
                         found |= {a.name: None, b.name: None}
         return tuple(found)

@@ -24,15 +24,12 @@ class Subject:
 
     def accepts(self, params: Mapping[str, Any], dtype: str | None) -> bool:
         """Whether a step with these parameters is meant, in a run that computes in `dtype` (None: not known)."""
-        return all(
-            (name in params or wanted is None) and accepted(wanted, params.get(name), dtype)
-            for name, wanted in self.params
-        )
+        return all(accepted(wanted, params.get(name), dtype) for name, wanted in self.params)
 
 
 def accepted(wanted: Any, value: Any, dtype: str | None) -> bool:
     """Whether a parameter's value is one that a rule asks for."""
-    if isinstance(wanted, Mapping):
+    if isinstance(wanted, dict):  # not Mapping: this is asked a thousand times in a search, and that is slow to ask
         if "unlike" in wanted:  # named, and another than the run's; what the run itself decides is like it
             return value is not None and value != "auto" and dtype is not None and value != dtype
         return value is not None and value != "auto" and value not in wanted["other_than"]
@@ -45,7 +42,7 @@ def _told(wanted: Any) -> str:
         return f"not {_told(tuple(what))}" if how == "other_than" else f"unlike the {what}"
     if isinstance(wanted, tuple):
         return " or ".join(map(_told, wanted))
-    return str(wanted).lower() if isinstance(wanted, bool) else str(wanted)
+    return str(wanted).lower() if isinstance(wanted, bool | None) else str(wanted)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,5 +143,5 @@ def _frozen(value: Any) -> Any:
 def known_params(name: str) -> Mapping[str, tuple[Any, ...] | None]:
     """Return the parameters that a rule may ask for of an optimizer, with their choices (None: any value)."""
     own = optimizers.spec(name).params if name in optimizers.NAMES else ()
-    choices = {"bool": (True, False), "word": (), "count": None, "pixels": None, "names": None}
-    return {p.name: p.choices or choices[p.kind] for p in own} | dict(shipped().planned.get(name, {}))
+    choices = {"bool": (True, False), "word": ()}
+    return {p.name: p.choices or choices.get(p.kind) for p in own} | dict(shipped().planned.get(name, {}))

@@ -8,6 +8,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import apply_layerwise_casting
 from torch._dynamo.utils import counters
 
@@ -21,60 +22,6 @@ def _nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def _hooked(how: str, where: torch.device) -> Any:
-    module = small.transformer(blocks=1)
-    match how:
-        case "resident":
-            module.to(where)
-        case "model_offload":
-            accelerate.cpu_offload_with_hook(module, where)
-        case "sequential_offload":
-            accelerate.cpu_offload(module, where)
-        case "casting":
-            module.to(where)
-            small.cast(module)
-        case "first_block":
-            from diffusers import FirstBlockCacheConfig
-
-            module.to(where)
-            module.enable_cache(FirstBlockCacheConfig(threshold=0.1))
-        case _:
-            small.group(module, "block_level" if "block" in how else "leaf_level", stream="streamed" in how)
-    return module
-
-
-def _compiled(module: Any, scope: str, fullgraph: bool) -> Any:
-    (module.compile if scope == "whole" else module.compile_repeated_blocks)(backend="eager", fullgraph=fullgraph)
-    return module
-
-
-def _run(module: Any, where: torch.device) -> None:
-    if getattr(module, "is_cache_enabled", False):
-        with module.cache_context("cond"):
-            small.forward(module, where)
-    else:
-        small.forward(module, where)
-
-
-@pytest.mark.rule(
-    "one-graph-or-sequential-offload",
-    "one-graph-or-group-offload",
-    "one-graph-or-casting",
-    "one-graph-or-a-cache",
-    "one-graph-of-all-or-model-offload",
-    "compiling-goes-with-resident",
-)
-@pytest.mark.parametrize("scope", ["whole", "regional"])
-@pytest.mark.parametrize("how", ["resident", "model_offload", *HOOKED])
-def test_what_compiles_into_one_graph(counted: torch.device, how: str, scope: str) -> None:
-    module = _compiled(_hooked(how, counted), scope, fullgraph=True)
-    if how == "resident" or (how == "model_offload" and scope == "regional"):
-        _run(module, counted)
-    else:
-        with pytest.raises(Exception, match=r"(?i)unsupported|disable|skip|dynamo|data-dependent|parameter"):
-            _run(module, counted)
 
 
 class _Layers(torch.nn.Module):
@@ -98,9 +45,8 @@ class _Blocks(torch.nn.Module):
         return x
 
 
-def _breaks(how: str, where: torch.device) -> int:
-    """Return in how many places compiling is given up, of four layers in two blocks."""
-    module = _Blocks()
+def _hooked(how: str, where: torch.device, module: Any) -> Any:
+    """Return a module with hooks of some kind."""
     match how:
         case "resident":
             module.to(where)
@@ -109,14 +55,52 @@ def _breaks(how: str, where: torch.device) -> int:
         case "sequential_offload":
             accelerate.cpu_offload(module, where)
         case "casting":
-            apply_layerwise_casting(module.to(where), small.FP8, torch.float32, skip_modules_pattern=None)
+            apply_layerwise_casting(module.to(where), small.FP8, torch.float32)
+        case "first_block":
+            module.to(where).enable_cache(FirstBlockCacheConfig(threshold=0.1))
         case _:
-            small.group(module, "block_level" if "block" in how else "leaf_level")
+            small.group(module, "block_level" if "block" in how else "leaf_level", stream="streamed" in how)
+    return module
 
+
+def _run(module: Any, where: torch.device) -> None:
+    if isinstance(module, _Blocks):
+        module(torch.ones(1, 8, device=where))
+    elif module.is_cache_enabled:
+        with module.cache_context("cond"):
+            small.forward(module, where)
+    else:
+        small.forward(module, where)
+
+
+@pytest.mark.rule(
+    "one-graph-or-sequential-offload",
+    "one-graph-or-group-offload",
+    "one-graph-or-casting",
+    "one-graph-or-a-cache",
+    "one-graph-of-all-or-model-offload",
+    "compiling-goes-with-resident",
+)
+@pytest.mark.parametrize("scope", ["whole", "regional"])
+@pytest.mark.parametrize("how", ["resident", "model_offload", *HOOKED])
+def test_what_compiles_into_one_graph(counted: torch.device, how: str, scope: str) -> None:
+    is_small = scope == "whole" and how != "first_block"
+    module = _hooked(how, counted, _Blocks() if is_small else small.transformer(blocks=1))
+    (module.compile if scope == "whole" else module.compile_repeated_blocks)(backend="eager", fullgraph=True)
+    if how == "resident" or (how == "model_offload" and scope == "regional"):
+        _run(module, counted)
+    else:
+        with pytest.raises(Exception, match=r"(?i)unsupported|disable|skip|dynamo|data-dependent|parameter"):
+            _run(module, counted)
+
+
+def _breaks(how: str, where: torch.device) -> int:
+    """Return in how many places compiling is given up, of four layers in two blocks."""
+    module = _hooked(how, where, _Blocks())
     torch._dynamo.reset()
     counters.clear()
     module.compile(backend="eager")
-    module(torch.ones(1, 8, device=where))
+    _run(module, where)
     return sum(counters["graph_break"].values())
 
 
