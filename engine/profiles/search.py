@@ -139,19 +139,21 @@ class Search:
         raw = entry.raw
         name = raw.values.get("extends")
         place = raw.place("optimizers", key=True) if name is None else raw.place("extends")
+        made, edits = None, inherit.Edits()
+        problems = list(raw.problems)
         if name is None:
-            if raw.problems:
-                return Result(None, raw.problems)
-            made, edits = inherit.alone(raw, entry.source), inherit.Edits()
+            made = inherit.alone(raw, entry.source) if raw.slots is not None else None
         else:
             parent, problem = self._parent(entry, name)
-            if parent is None or raw.problems:
-                return Result(None, (*raw.problems, *([problem] if problem else [])))
-            made, edits = inherit.child(raw, entry.source, parent)
-            if edits.problems:
-                return Result(None, tuple(edits.problems))
+            problems += [] if problem is None else [problem]
+            if parent is not None:
+                made, edits = inherit.child(raw, entry.source, parent)
+                problems += edits.problems
+        if made is None or edits.problems:
+            return Result(None, tuple(problems))
         judged = rules.judge(made.slots, place)
-        return Result(None if judged.problems else made, judged.problems, (*edits.warnings, *judged.warnings))
+        problems += judged.problems
+        return Result(None if problems else made, tuple(problems), (*edits.warnings, *judged.warnings))
 
     def _parent(self, entry: Entry, name: str) -> tuple[Made | None, Problem | None]:
         place = entry.raw.place("extends")
