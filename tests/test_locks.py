@@ -151,7 +151,7 @@ DAMAGED = {
     "a type": (("batch: 1", "batch: one"), "is not a whole number"),
     "a tag": (("batch: 1", "batch: !!python/object:os.system 1"), "the tag"),
     "an anchor that is none": (("batch: 1", "batch: *one"), "undefined alias"),
-    "a tab": (("  model: embedded", "\tmodel: embedded"), "cannot start any token"),
+    "a tab": (("  model: embedded", "\tmodel: embedded"), "never with tabs"),
     "a long number": (("batch: 1", f"batch: {'9' * 400}"), "this number is too long"),
 }
 
