@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from engine import cli, profiles, validation
+from engine import cli, profiles, review, validation
 from tests.conftest import write
 from tests.test_profiles import GOOD
 
@@ -338,6 +339,33 @@ def test_diff_of_folders_tells_profiles_and_plans(run: Any, here: Path) -> None:
     found = json.loads(out)
     assert [p["kind"] for p in found["profiles"]] == ["removed", "changed", "added"]
     assert found["plans"]["changed"][0]["after"]["profile"] == "new"
+
+
+def test_diff_says_what_became_of_bytes_and_seconds(run: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With plans from a table, so that every kind of change is there."""
+    old = review.Answer(profile="a", fits=True, required_bytes=2**31, host_bytes=2**30, seconds=10.0, quality="exact")
+    new = dataclasses.replace(old, profile="b", required_bytes=2**30, host_bytes=None, seconds=11.5, quality="near")
+    changed = [("worse", old, new), ("gone", old, review.Answer(error="no")), ("never", review.Answer(), old)]
+    monkeypatch.setattr(
+        review, "compare", lambda *_: tuple(review.Changed(id=n, before=b, after=a) for n, b, a in changed)
+    )
+    code, out, _ = run("diff", "low", "low")
+    assert code == 0
+    assert out.splitlines() == [
+        "The profiles mean the same.",
+        "",
+        f"3 of {len(review.USUAL)} plans change:",
+        "  worse",
+        "    profile: a → b",
+        "    card: 2.00 GiB → 1.00 GiB (-1.00 GiB)",
+        "    host: 1.00 GiB → not known",
+        "    time: 10 s → 12 s (+1.50 s)",
+        "    quality: exact → near",
+        "  gone",
+        "    a → refused (no)",
+        "  never",
+        "    profile: nothing fits → a",
+    ]
 
 
 @pytest.mark.parametrize(

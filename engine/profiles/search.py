@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+from engine import validation
 from engine.documents import Document, DocumentError, Problem
 from engine.errors import ProfileError
 from engine.profiles import inherit, places, rules
@@ -103,9 +104,7 @@ class Search:
         problems = (*made.problems, *self._twice(entry), *self._fallback(entry, made.made, for_name=for_name))
         if not problems:
             return made
-        return Result(
-            None, tuple(sorted(problems, key=lambda p: (p.place.line, p.place.column) if p.place else (0, 0)))
-        )
+        return Result(None, tuple(validation.in_order(problems)))
 
     def profile(self, entry: Entry) -> Profile:
         """Return an entry's profile. Raises: ProfileError, with all its problems."""
