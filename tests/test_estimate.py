@@ -211,7 +211,7 @@ def test_within_a_budget_what_is_cached_stops_at_it() -> None:
 
 def plan(*named: str | Mapping[str, object], free_gib: float = 23.0) -> Plan:
     listed = [{"name": s.name, "params": dict(s.params)} for s in steps(*named)]
-    return engine.resolve(optimizers=listed, hardware=machine(card(free_gib, name=RTX_4090)))
+    return engine.resolve(optimizers=listed, prompts_known=True, hardware=machine(card(free_gib, name=RTX_4090)))
 
 
 BLOCKS = {"group_offload": {"type": "block_level", "use_stream": False}}

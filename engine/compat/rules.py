@@ -24,7 +24,10 @@ class Subject:
 
     def accepts(self, params: Mapping[str, Any], dtype: str | None) -> bool:
         """Whether a step with these parameters is meant, in a run that computes in `dtype` (None: not known)."""
-        return all(name in params and accepted(wanted, params[name], dtype) for name, wanted in self.params)
+        return all(
+            (name in params or wanted is None) and accepted(wanted, params.get(name), dtype)
+            for name, wanted in self.params
+        )
 
 
 def accepted(wanted: Any, value: Any, dtype: str | None) -> bool:
@@ -143,5 +146,5 @@ def _frozen(value: Any) -> Any:
 def known_params(name: str) -> Mapping[str, tuple[Any, ...] | None]:
     """Return the parameters that a rule may ask for of an optimizer, with their choices (None: any value)."""
     own = optimizers.spec(name).params if name in optimizers.NAMES else ()
-    choices = {"bool": (True, False), "word": (), "count": None}
+    choices = {"bool": (True, False), "word": (), "count": None, "pixels": None, "names": None}
     return {p.name: p.choices or choices[p.kind] for p in own} | dict(shipped().planned.get(name, {}))

@@ -13,7 +13,7 @@ import torch
 
 from engine import facts, optimizers
 from engine.errors import IncompatibleError
-from engine.facts import catalogue, tiles
+from engine.facts import catalogue, tiling
 from engine.optimizers.spec import Context
 from tests.evidence import small
 
@@ -190,7 +190,7 @@ def test_tiles_of_cogvideox_add_up_where_they_are_said_to(height: int, width: in
     # The decoder itself is of no interest here: eight pixels for a latent.
     module.decoder.forward = lambda x, conv_cache=None: (x[:, :3].repeat_interleave(8, 3).repeat_interleave(8, 4), None)
     is_another = module.decode(given).sample.shape[-2:] != wanted
-    assert tiles.are_of_another_size("AutoencoderKLCogVideoX", config) is is_another
+    assert tiling.are_of_another_size("AutoencoderKLCogVideoX", config) is is_another
     assert is_another is ((height, width) == (64, 64))
 
 
@@ -198,7 +198,7 @@ def test_the_tiles_of_the_catalogue_add_up() -> None:
     for model in map(facts.find, catalogue.ids()):
         if "vae" in model.components:
             vae = model.components["vae"]
-            assert tiles.are_of_another_size(vae.cls, vae.config) is False, model.id
+            assert tiling.are_of_another_size(vae.cls, vae.config) is False, model.id
 
 
 @pytest.mark.rule("slicing-a-single-picture")
