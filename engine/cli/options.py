@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine import compat, optimizers
+from engine import optimizers
 from engine.arguments import DEVICES, PREFERENCES, QUALITIES
 from engine.errors import IncompatibleError, UsageError
 from engine.values import Step
@@ -275,6 +275,8 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
 def _refuse_exclusive(said: Mapping[str, str]) -> None:
     """Refuse flags whose optimizers exclude each other whatever the model and the machine are."""
     steps = [optimizers.spec(name).step() for name in said]
+    from engine import compat  # and YAML with it: an interrupt before `main` has no exit code
+
     broken = [
         f for f in compat.under(compat.Facts(libraries=compat.installed())).findings(steps) if f.rule.kind == "excludes"
     ]
