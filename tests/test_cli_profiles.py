@@ -173,6 +173,17 @@ def test_lint_tells_of_one_name_in_two_files_of_a_folder(run: Any, here: Path) -
     assert "a/copy.yaml:2:7: error: the name 'team' is also that of a/team.yaml" in out
 
 
+@pytest.mark.usefixtures("no_estimates_here")
+def test_a_plan_says_which_broken_profile_was_passed_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    team(here / "profiles", "[", "low.yaml")
+    said = "profile low is not valid, and nothing is tried in its place: dg-run profiles lint profiles/low.yaml"
+    for more, is_said in ((["--vram", "8GiB"], True), (["--profile", "cpu"], False), (["--exact"], False)):
+        assert cli.main(["plan", *more]) == 0
+        out = capsys.readouterr().out
+        assert (said in " ".join(out.split())) is is_said
+        assert "profile   low" not in out
+
+
 # new and schema.
 
 
