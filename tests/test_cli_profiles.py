@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import engine
 from engine import cli, profiles, review, validation
 from tests.conftest import write
 from tests.test_profiles import GOOD
@@ -181,7 +182,11 @@ def test_a_plan_says_which_broken_profile_was_passed_over(here: Path, capsys: py
         assert cli.main(["plan", *more]) == 0
         out = capsys.readouterr().out
         assert (said in " ".join(out.split())) is is_said
-        assert "profile   low" not in out
+    assert cli.main(["plan", "--vram", "8GiB", "--json"]) == 0
+    plan = engine.Plan.from_json(capsys.readouterr().out)
+    assert [n.because for n in plan.notes if n.kind == "broken_profile"] == [said]
+    assert plan.profile is not None
+    assert plan.profile.name != "low"
 
 
 # new and schema.
