@@ -57,7 +57,7 @@ def child(raw: Raw, source: str, parent: Made) -> tuple[Made, Edits]:
     inherited = tuple(tuple(tuple(Placed(p.step, None) for p in a) for a in slot) for slot in parent.slots)
     if raw.slots is not None:
         slots = raw.slots
-        listed = ", ".join(str(s) for s in above.slots)
+        listed = ", ".join(map(wording.short, above.slots))
         edits.overridden.append(f"optimizers of {told}: {listed}; replaced whole")
     else:
         slots = tuple(_edited(raw, inherited, told, edits))

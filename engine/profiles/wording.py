@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 from engine import optimizers
@@ -49,8 +50,13 @@ def value(told: Any) -> str:
 
 def short(slot: Slot) -> str:
     """Return a place of a list, each step with those parameters that are not its defaults."""
-    told = [" + ".join(map(_short, a)) or "none" for a in slot.alternatives]
+    told = [alternative(a) for a in slot.alternatives]
     return told[0] if len(told) == 1 else f"one of ({' | '.join(told)})"
+
+
+def alternative(steps: Iterable[Step]) -> str:
+    """Return steps that go together, in the same way."""
+    return " + ".join(map(_short, steps)) or "none"
 
 
 def _short(step: Step) -> str:
