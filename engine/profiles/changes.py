@@ -71,9 +71,9 @@ def _of_one(old: Slot, new: Slot) -> Iterator[str]:
     for alternative in new.alternatives:
         if alternative not in old.alternatives:
             yield f"the alternative {wording.alternative(alternative)} is added"
-    kept = [a for a in old.alternatives if a in new.alternatives]
-    if kept != [a for a in new.alternatives if a in old.alternatives]:
-        yield f"the order of alternatives: {wording.short(old)} → {wording.short(new)}"
+    kept = [a for a in new.alternatives if a in old.alternatives]
+    if kept != [a for a in old.alternatives if a in new.alternatives]:
+        yield f"the alternatives stand in another order: {' | '.join(map(wording.alternative, kept))}"
 
 
 def _of_step(old: Step, new: Step) -> Iterator[str]:
