@@ -18,6 +18,7 @@ from tests.conftest import write
 from tests.test_profiles import GOOD
 
 pytestmark = pytest.mark.usefixtures("no_card")
+BROKEN = "schema: dg-run/profile@1\nname: [\n"
 SCENARIO = """\
 why: a reason
 hardware: {free_vram: 11.6GiB}
@@ -56,7 +57,7 @@ def team(folder: Path, text: str = GOOD, name: str = "team.yaml") -> Path:
 
 def test_list_says_where_each_is_from_and_what_it_shadows(run: Any, here: Path) -> None:
     team(here / "profiles", GOOD.replace("name: team", "name: low"))
-    team(here / "profiles", "[", "broken.yaml")
+    team(here / "profiles", BROKEN, "broken.yaml")
     code, out, _ = run("list")
     assert code == 0
     assert "low          1.2.3   profiles/team.yaml\n" in out
@@ -67,7 +68,7 @@ def test_list_says_where_each_is_from_and_what_it_shadows(run: Any, here: Path) 
     assert found["low", "profiles/team.yaml"]["shadows"] == ["built-in"]
     assert found["low", "built-in"]["shadowed_by"] == "profiles/team.yaml"
     assert found["low", "profiles/team.yaml"]["optimizers"][:2] == ["dtype: auto", "vae_tiling"]
-    assert "broken.yaml:1:2" in found["broken", "profiles/broken.yaml"]["error"]
+    assert "broken.yaml:2:8" in found["broken", "profiles/broken.yaml"]["error"]
 
 
 def test_show_tells_what_comes_of_a_parent(run: Any, here: Path) -> None:
@@ -176,7 +177,7 @@ def test_lint_tells_of_one_name_in_two_files_of_a_folder(run: Any, here: Path) -
 
 @pytest.mark.usefixtures("no_estimates_here")
 def test_a_plan_says_which_broken_profile_was_passed_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    team(here / "profiles", "[", "low.yaml")
+    team(here / "profiles", BROKEN, "low.yaml")
     said = "profile low is not valid, and nothing is tried in its place: dg-run profiles lint profiles/low.yaml"
     for more, is_said in ((["--vram", "8GiB"], True), (["--profile", "cpu"], False), (["--exact"], False)):
         assert cli.main(["plan", *more]) == 0
@@ -292,7 +293,7 @@ def test_scenarios_can_be_run_against_one_folder_and_no_other(run: Any, here: Pa
 def test_a_broken_profile_or_scenario_is_no_success(run: Any, here: Path) -> None:
     team(here / "scenarios", SCENARIO.replace("team", "low").replace("vae_tiling", "model_offload"), "one.yaml")
     assert run("test")[0] == 0
-    team(here / "profiles", "[")
+    team(here / "profiles", BROKEN)
     code, out, _ = run("test")
     assert code == 3
     assert "FAIL profiles/team.yaml: this is not a valid profile" in out.replace(str(here) + "/", "")
@@ -398,7 +399,7 @@ def test_diff_says_what_became_of_bytes_and_seconds(run: Any, here: Path, monkey
 )
 def test_diff_refuses(run: Any, here: Path, arguments: list[str], code: int, said: str) -> None:
     team(here / "a")
-    team(here / "broken", "[")
+    team(here / "broken", BROKEN)
     team(here, "[", "bad.jsonl")
     found, _, err = run("diff", *arguments)
     assert found == code
@@ -429,7 +430,7 @@ def test_the_help_names_every_action(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_what_the_terminal_cannot_show_is_no_reason_to_stop(here: Path) -> None:
     with (here / "caf\udce9.yaml").open("w") as file:  # as a folder from an old system has it
-        file.write("[")
+        file.write(BROKEN)
     command = [sys.executable, "-m", "engine", "profiles"]
     root = Path(__file__).parents[1]
     env = os.environ | {"PYTHONPATH": str(root), "PYTHONIOENCODING": "ascii"}

@@ -319,13 +319,25 @@ def test_two_files_of_one_folder_with_one_name_are_both_refused(here: Path) -> N
 
 def test_a_broken_file_breaks_nobody_else_and_nothing_comes_in_its_place(here: Path) -> None:
     put(here / "profiles", "low", "optimizers: [vae_tilling]\n")
-    (here / "profiles" / "notes.yml").write_text("[", encoding="utf-8")
+    (here / "profiles" / "notes.yml").write_text("schema: dg-run/profile@1\nname: [", encoding="utf-8")
     assert {p.name for p in profiles.built_in()} - {p.name for p in profiles.visible()} == {"low"}
     assert [(b.name, b.path.name) for b in profiles.broken()] == [("low", "low.yaml"), ("notes", "notes.yml")]
     assert "'vae_tilling' is not known here" in refused("low")
     # By name it goes on with its fallbacks, and one of those is broken: then it is told.
     assert "low.yaml" in refused("medium")
     assert profiles.find("cpu").source == "built-in"
+
+
+def test_files_of_other_programs_are_passed_over_and_those_that_are_no_text_are_not(here: Path) -> None:
+    folder = here / "profiles"
+    for i, text in enumerate(["", "config: {send: false}\n", "- a\n", "{{ template }}\n", "# later\n"]):
+        (folder / f"{i}.yaml").write_text(text, encoding="utf-8")
+    assert [b.name for b in profiles.broken()] == ["0"]
+    (folder / "wide.yaml").write_text(HEAD, encoding="utf-16")
+    (folder / "child.yaml").write_text("name: mine\nextends: low\n", encoding="utf-8")
+    assert [b.name for b in profiles.broken()] == ["0", "mine", "wide"]
+    with pytest.raises(ProfileError):
+        profiles.find("profiles/1.yaml")
 
 
 def test_what_is_no_file_is_passed_over_and_what_leads_nowhere_is_broken(here: Path) -> None:

@@ -51,6 +51,12 @@ class Raw:
     edits: Mapping[str, Mapping[str, Any]] = field(default_factory=FrozenDict)
     drops: tuple[str, ...] = ()
 
+    @property
+    def is_anothers(self) -> bool:
+        """Whether this is a file of another program: of a folder that is called `profiles` too."""
+        text = self.document.text
+        return text != "" and not any(word in f"\n{text}" for word in ("dg-run/", "optimizers", "\nextends:"))
+
     def place(self, *path: str | int, key: bool = False) -> documents.Place | None:
         return self.document.place(path, key=key)
 

@@ -240,7 +240,8 @@ def _each(place: Place, files: Sequence[Found], shelf: int) -> Iterator[Entry]:
             problem = Problem(None, f"it cannot be read: {refused.strerror or refused}")
             empty = Document(found.path, "", None, {}, {})
             raw = Raw(path=found.path, document=empty, problems=(problem,), name=Path(found.path).stem)
-        yield Entry(raw, place.source(found.path), shelf)
+        if not raw.is_anothers:
+            yield Entry(raw, place.source(found.path), shelf)
 
 
 def _not_valid(role: str, entry: Entry, problems: Sequence[Problem]) -> str:
