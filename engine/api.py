@@ -184,6 +184,7 @@ class _Case:
             gpu=self.card,
             estimate=self.estimates,
             least=self.estimates.least,
+            timed=self.estimates.timed,
             sizes=self.estimates.sizes,
             budget_bytes=self.budget_bytes,
             host_budget_bytes=None if self.card is None else self.seen.host.ram_bytes,

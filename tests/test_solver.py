@@ -228,6 +228,7 @@ def situation(
         gpu=card(free_bytes / GIB),
         estimate=table.estimate,
         least=table.least,
+        timed=lambda steps: table.estimate(steps).seconds if table.is_bounded else None,
         budget_bytes=max(0, free_bytes - 512 * 2**20),
         host_budget_bytes=host_bytes,
     )
@@ -238,7 +239,9 @@ def key(taken: Estimate, steps: Sequence[Step], prefer: str) -> tuple[float, ...
     assert taken.seconds is not None
     assert taken.required_bytes is not None
     assert taken.quality is not None
-    cost = round(taken.seconds * prices()[taken.quality], 2)
+    cost = round(
+        taken.seconds * prices()["near"] ** sum(s.name in ("vae_tiling", "layerwise_casting") for s in steps), 2
+    )
     rank = QUALITIES.index(taken.quality)
     return {
         "speed": (cost, rank, taken.required_bytes, len(steps)),

@@ -54,6 +54,7 @@ class Estimator:
         self._stored = {n: c.stored_dtype for n, c in model.components.items()}
         self._card = None if gpu is None else store.card_key(gpu, request, self._stored, self._measured_by)
         self._speed: Speeds | None = None
+        self._ways: dict[tuple[str, str], Trace] = {}
         self._beside: dict[tuple[str, ...], tuple[Estimator, Estimator, float] | None] = {}
         self._found: dict[str, Estimate] = {}
         self._bounded: dict[tuple[str, ...], tuple[Bounds, dict[str, float] | None] | None] = {}
@@ -131,6 +132,38 @@ class Estimator:
             denoising_steps=self.request.steps,
             is_own=is_own,
         )
+
+    def timed(self, steps: Sequence[Step]) -> float | None:
+        """Return the seconds that the estimate will give, without the rest of it; None where no trace is there yet."""
+        dtype, changes = _dtype(steps), _changes(steps)
+        if self._unknown(steps, dtype) is not None or self.gpu is None:
+            return None
+        asked = "; ".join(map(str, steps))
+        if asked in self._found:
+            return self._found[asked].seconds
+        key = self._key(dtype, changes)
+        answers = self._answers_of(key)
+        name = f"{self._card} seconds {asked}"
+        if (known := answers.get(f"{self._card} {asked}")) is not None:
+            return known.seconds
+        if answers.note(name) is None:
+            trace = store.known(key)
+            if trace is None:
+                return None
+            from engine.estimate import whole
+
+            along = self._along(key, trace, way(steps))
+            speed = self._speeds()
+            found = whole.seconds_of(along, steps, speed, dtype=dtype, denoising_steps=self.request.steps)
+            answers.keep(name, found)
+        seconds = answers.note(name)
+        return float(seconds) if isinstance(seconds, int | float) else None
+
+    def _along(self, key: str, trace: Trace, name: str) -> Trace:
+        """Return one way through a trace without what is absent, made once."""
+        if (key, name) not in self._ways:
+            self._ways[key, name] = trace.along(name).without(self.request.components)
+        return self._ways[key, name]
 
     def sizes(self, dtype: str) -> Mapping[str, int]:
         """Return the bytes of each component's weights in a dtype; empty without a trace. Raises: as `least`."""

@@ -13,7 +13,7 @@ from typing import cast
 from engine.errors import UsageError
 from engine.optimizers.spec import Optimizer, Spec
 from engine.values import FrozenDict, Step
-from engine.words import did_you_mean
+from engine.words import did_you_mean, listing
 
 _MODULES = (
     "staged_encoding",
@@ -69,4 +69,6 @@ def short(step: Step) -> str:
     """Return a step for reading, without the parameters that have their usual value."""
     usual = {p.name: p.default for p in spec(step.name).params}
     given = {k: v for k, v in step.params.items() if k not in usual or v != usual[k]}
-    return str(Step(name=step.name, params=FrozenDict(given)))
+    named = given.pop("components", None)
+    of = f" of {listing(named)}" if isinstance(named, tuple) else ""
+    return str(Step(name=step.name + of, params=FrozenDict(given)))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from engine import compat, optimizers
 from engine.errors import IncompatibleError
 from engine.solve import opened
+from engine.solve.prices import price
 from engine.solve.situation import QUALITIES, Situation
 from engine.values import Alternative, Request, Slot, Step
 
@@ -30,6 +31,8 @@ class Candidate:
     order: int
     """Its place among those of its slots, which name first what they would rather do."""
     quality: str
+    price: float
+    """What a second of it counts."""
 
 
 def of_slots(listed: Sequence[Slot], situation: Situation, rules: Rules) -> tuple[Candidate, ...]:
@@ -61,7 +64,14 @@ def of_slots(listed: Sequence[Slot], situation: Situation, rules: Rules) -> tupl
             # Of lists that come to the same run, the one with the fewest steps that do nothing.
             order = len(found) if same is None else same.order
             found[judged.key] = Candidate(
-                steps, own, judged.findings, judged.acting, judged.key, order, _quality(judged.acting)
+                steps,
+                own,
+                judged.findings,
+                judged.acting,
+                judged.key,
+                order,
+                _quality(judged.acting),
+                price(judged.acting),
             )
     return tuple(found.values())
 

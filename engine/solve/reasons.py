@@ -66,13 +66,12 @@ def _host(needs: str, wanted: int, ram: int) -> Short:
     )
 
 
-def slower(seconds: float, quality: str, price: float, best: Estimate, best_price: float, *, is_least: bool) -> str:
-    """Return how much more a candidate costs than the choice."""
+def slower(seconds: float, quality: str, price: float, best: Estimate, best_price: float, *, takes: str) -> str:
+    """Return how much more a candidate costs than the choice; `takes` says how well its seconds are known."""
     taken = best.seconds or 0.0
-    counted = "" if price == 1.0 else f" ({quality}, so they count {price:g} times)"
-    chosen = "" if best_price == 1.0 else f" (counted {best_price:g} times)"
-    fits = "it takes at least" if is_least else "it fits, and takes"
-    return f"{fits} {_seconds(seconds)}{counted}, and the choice {_seconds(taken)}{chosen}"
+    counted = "" if price == 1.0 else f" ({quality}: they count {price:.3g} times)"
+    chosen = "" if best_price == 1.0 else f" (counted {best_price:.3g} times)"
+    return f"{takes} {_seconds(seconds)}{counted}, and the choice {_seconds(taken)}{chosen}"
 
 
 def _seconds(value: float) -> str:

@@ -8,6 +8,7 @@ than the replay's answer: so the choice is the one that brute force would make (
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,6 @@ from engine.solve import candidates, judge, reasons
 from engine.solve.candidates import Candidate, Rules
 from engine.solve.exact import is_known
 from engine.solve.judge import Reason
-from engine.solve.prices import prices
 from engine.solve.reasons import Short
 from engine.solve.situation import QUALITIES, Decision, Situation
 from engine.values import Estimate, Profile, Rejection, Slot
@@ -113,6 +113,8 @@ class _Run:
     least_key: Key = ()
     estimate: Estimate = field(default=Estimate())
     is_estimated: bool = False
+    is_timed: bool = False
+    """Whether `least` has the seconds that it takes, and not only a bound of them."""
     short: Short | None = None
     key: Key | None = None
     profile: Profile = field(init=False)
@@ -156,17 +158,35 @@ class _Search:
         for run in self.runs:
             run.least_key = self._least_key(run)
         best: _Run | None = None
-        for run in sorted(self.runs, key=lambda r: r.least_key):
-            if best is not None and best.key is not None and run.least_key > best.key:
+        queue = [(run.least_key, i, run) for i, run in enumerate(self.runs)]
+        heapq.heapify(queue)
+        while queue:
+            least_key, i, run = heapq.heappop(queue)
+            if best is not None and best.key is not None and least_key > best.key:
                 break
             if run.least is not None:
                 run.short = reasons.of_least(run.least, self.situation)
                 if run.short is not None:
                     continue
+                if self._is_put_off(run):
+                    heapq.heappush(queue, (run.least_key, i, run))
+                    continue
             self._estimate(run)
             if run.short is None and run.key is not None and (best is None or run.key < (best.key or ())):
                 best = run
         return best if best is not None else self._by_match()
+
+    def _is_put_off(self, run: _Run) -> bool:
+        """Look closer at how long a run takes, once; whether it costs more than was thought, and others come first."""
+        if run.is_timed or run.least is None:
+            return False
+        run.is_timed = True
+        seconds = self.situation.timed(run.candidate.acting)
+        if seconds is None or run.least.seconds is None:
+            return False
+        run.least = dataclasses.replace(run.least, seconds=max(seconds, run.least.seconds))
+        before, run.least_key = run.least_key, self._least_key(run)
+        return run.least_key > before
 
     def _estimate(self, run: _Run) -> None:
         run.estimate = self.situation.estimate(run.candidate.acting)
@@ -193,26 +213,22 @@ class _Search:
     def _key(self, run: _Run) -> Key:
         """Return what runs are ordered by: the least is the best."""
         taken, candidate = run.estimate, run.candidate
-        quality = taken.quality or candidate.quality
-        return self._ordered(
-            quality, self._cost(taken.seconds, run.least, quality), taken.required_bytes or 0, len(candidate.acting)
-        )
+        cost = self._cost(taken.seconds, run)
+        return self._ordered(candidate.quality, cost, taken.required_bytes or 0, len(candidate.acting))
 
     def _least_key(self, run: _Run) -> Key:
         if run.least is None:
             return ()
-        quality = run.candidate.quality
-        cost = self._cost(run.least.seconds, run.least, quality)
-        return self._ordered(quality, cost, run.least.required_bytes, 0)
+        return self._ordered(run.candidate.quality, self._cost(run.least.seconds, run), run.least.required_bytes, 0)
 
-    def _cost(self, seconds: float | None, least: Least | None, quality: str) -> float:
+    def _cost(self, seconds: float | None, run: _Run) -> float:
         """Return seconds times price, to the hundredth: within it quality and room decide.
 
         On a card without rates the bytes that cross the bus stand for seconds.
         """
         if self.is_timed:
-            return math.inf if seconds is None else round(seconds * prices()[quality], 2)
-        return (least.copied_bytes if least is not None else 0) * prices()[quality]
+            return math.inf if seconds is None else round(seconds * run.candidate.price, 2)
+        return (run.least.copied_bytes if run.least is not None else 0) * run.candidate.price
 
     def _ordered(self, quality: str, cost: float, required_bytes: int, count: int) -> Key:
         rank = QUALITIES.index(quality)
@@ -258,10 +274,11 @@ class _Search:
             return f"it is {quality}, and the choice is {best.candidate.quality}, which was asked for"
         if seconds is None or best.estimate.seconds is None:
             return "more would have to be copied to the card"
-        cost = prices()[quality], prices()[best.candidate.quality]
+        cost = run.candidate.price, best.candidate.price
         if round(seconds * cost[0], 2) <= best.key[0 if prefer == "speed" else 1]:
             return "it fits, and the choice is as fast, and no worse"
-        return reasons.slower(seconds, quality, cost[0], best.estimate, cost[1], is_least=not run.is_estimated)
+        takes = "it fits, and takes" if run.is_estimated else "it takes" if run.is_timed else "it takes at least"
+        return reasons.slower(seconds, quality, cost[0], best.estimate, cost[1], takes=takes)
 
 
 def better(decisions: Sequence[Decision]) -> int:

@@ -26,6 +26,8 @@ class Situation:
     """What a run under these steps takes; fields that are not known are None."""
     least: Callable[[Sequence[Step]], Least | None] = field(default=lambda steps: None)
     """What such a run takes at the least, told faster; never more than the estimate."""
+    timed: Callable[[Sequence[Step]], float | None] = field(default=lambda steps: None)
+    """The seconds that the estimate will have, told sooner; None where that cannot be."""
     sizes: Callable[[str], Mapping[str, int]] = field(default=lambda dtype: FrozenDict())
     """Bytes of the weights of each component in a dtype; empty where they are not known."""
     budget_bytes: int | None = None
