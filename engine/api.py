@@ -101,7 +101,18 @@ def resolve(
     arguments.refuse_contradictions(request, sizes, call or {}, optimizers)
     listed = None if optimizers is None else tuple(map(arguments.step, optimizers))
     notes = (_GUIDANCE_NOTE,) if guidance is not None and known.ignores_guidance else ()
+    if listed is None and not chain:
+        notes = (*notes, *_passed_over())
     return _solved(known, request, cards.snapshot(request, hardware), listed, chain, notes, told)
+
+
+def _passed_over() -> Iterator[Note]:
+    """Yield the profiles that would be tried here if they were valid."""
+    for one in profiles.broken():
+        because = (
+            f"profile {one.name} is not valid, and nothing is tried in its place: dg-run profiles lint {one.source}"
+        )
+        yield Note(kind="broken_profile", optimizer=None, because=because)
 
 
 def again(made: Plan, request: Request, hardware: Hardware, told: Callable[[str], None] | None = None) -> Plan:

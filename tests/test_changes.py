@@ -49,7 +49,7 @@ CASES = [
     (
         "[none, vae_tiling]",
         "[vae_tiling, none]",
-        LIST + "the order of alternatives: one of (none | vae_tiling) → one of",
+        LIST + "the alternatives stand in another order: vae_tiling | none",
     ),
     ("one_of: [none, vae_tiling]\n", "vae_tiling\n", LIST + "one of (none | vae_tiling) → vae_tiling"),
     ("resident, model_offload", "model_offload", LIST + "one of (resident | model_offload | layerwise_casting"),
@@ -69,9 +69,9 @@ def test_within_a_choice_the_alternatives_are_told_that_came_and_went(tmp_path: 
         tmp_path,
         ("model_offload, [layerwise_casting, group_offload]", "[layerwise_casting, model_offload], group_offload"),
     )
-    assert [f.partition("(")[0] for f in found] == [
+    assert found == [
         "optimizers: the alternative model_offload is gone",
-        "optimizers: the alternative layerwise_casting ",
-        "optimizers: the alternative layerwise_casting ",
-        "optimizers: the alternative group_offload ",
+        "optimizers: the alternative layerwise_casting + group_offload is gone",
+        "optimizers: the alternative layerwise_casting + model_offload is added",
+        "optimizers: the alternative group_offload is added",
     ]

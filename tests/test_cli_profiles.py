@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 
-from engine import cli, profiles, validation
+import engine
+from engine import cli, profiles, review, validation
 from tests.conftest import write
 from tests.test_profiles import GOOD
 
 pytestmark = pytest.mark.usefixtures("no_card")
+BROKEN = "schema: dg-run/profile@1\nname: [\n"
 SCENARIO = """\
 why: a reason
 hardware: {free_vram: 11.6GiB}
@@ -54,7 +57,7 @@ def team(folder: Path, text: str = GOOD, name: str = "team.yaml") -> Path:
 
 def test_list_says_where_each_is_from_and_what_it_shadows(run: Any, here: Path) -> None:
     team(here / "profiles", GOOD.replace("name: team", "name: low"))
-    team(here / "profiles", "[", "broken.yaml")
+    team(here / "profiles", BROKEN, "broken.yaml")
     code, out, _ = run("list")
     assert code == 0
     assert "low          1.2.3   profiles/team.yaml\n" in out
@@ -65,7 +68,7 @@ def test_list_says_where_each_is_from_and_what_it_shadows(run: Any, here: Path) 
     assert found["low", "profiles/team.yaml"]["shadows"] == ["built-in"]
     assert found["low", "built-in"]["shadowed_by"] == "profiles/team.yaml"
     assert found["low", "profiles/team.yaml"]["optimizers"][:2] == ["dtype: auto", "vae_tiling"]
-    assert "broken.yaml:1:2" in found["broken", "profiles/broken.yaml"]["error"]
+    assert "broken.yaml:2:8" in found["broken", "profiles/broken.yaml"]["error"]
 
 
 def test_show_tells_what_comes_of_a_parent(run: Any, here: Path) -> None:
@@ -172,6 +175,21 @@ def test_lint_tells_of_one_name_in_two_files_of_a_folder(run: Any, here: Path) -
     assert "a/copy.yaml:2:7: error: the name 'team' is also that of a/team.yaml" in out
 
 
+@pytest.mark.usefixtures("no_estimates_here")
+def test_a_plan_says_which_broken_profile_was_passed_over(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    team(here / "profiles", BROKEN, "low.yaml")
+    said = "profile low is not valid, and nothing is tried in its place: dg-run profiles lint profiles/low.yaml"
+    for more, is_said in ((["--vram", "8GiB"], True), (["--profile", "cpu"], False), (["--exact"], False)):
+        assert cli.main(["plan", *more]) == 0
+        out = capsys.readouterr().out
+        assert (said in " ".join(out.split())) is is_said
+    assert cli.main(["plan", "--vram", "8GiB", "--json"]) == 0
+    plan = engine.Plan.from_json(capsys.readouterr().out)
+    assert [n.because for n in plan.notes if n.kind == "broken_profile"] == [said]
+    assert plan.profile is not None
+    assert plan.profile.name != "low"
+
+
 # new and schema.
 
 
@@ -275,7 +293,7 @@ def test_scenarios_can_be_run_against_one_folder_and_no_other(run: Any, here: Pa
 def test_a_broken_profile_or_scenario_is_no_success(run: Any, here: Path) -> None:
     team(here / "scenarios", SCENARIO.replace("team", "low").replace("vae_tiling", "model_offload"), "one.yaml")
     assert run("test")[0] == 0
-    team(here / "profiles", "[")
+    team(here / "profiles", BROKEN)
     code, out, _ = run("test")
     assert code == 3
     assert "FAIL profiles/team.yaml: this is not a valid profile" in out.replace(str(here) + "/", "")
@@ -340,6 +358,33 @@ def test_diff_of_folders_tells_profiles_and_plans(run: Any, here: Path) -> None:
     assert found["plans"]["changed"][0]["after"]["profile"] == "new"
 
 
+def test_diff_says_what_became_of_bytes_and_seconds(run: Any, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With plans from a table, so that every kind of change is there."""
+    old = review.Answer(profile="a", fits=True, required_bytes=2**31, host_bytes=2**30, seconds=10.0, quality="exact")
+    new = dataclasses.replace(old, profile="b", required_bytes=2**30, host_bytes=None, seconds=11.5, quality="near")
+    changed = [("worse", old, new), ("gone", old, review.Answer(error="no")), ("never", review.Answer(), old)]
+    monkeypatch.setattr(
+        review, "compare", lambda *_: tuple(review.Changed(id=n, before=b, after=a) for n, b, a in changed)
+    )
+    code, out, _ = run("diff", "low", "low")
+    assert code == 0
+    assert out.splitlines() == [
+        "The profiles mean the same.",
+        "",
+        f"3 of {len(review.USUAL)} plans change:",
+        "  worse",
+        "    profile: a → b",
+        "    card: 2.00 GiB → 1.00 GiB (-1.00 GiB)",
+        "    host: 1.00 GiB → not known",
+        "    time: 10 s → 12 s (+1.50 s)",
+        "    quality: exact → near",
+        "  gone",
+        "    a → refused (no)",
+        "  never",
+        "    profile: nothing fits → a",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
@@ -354,7 +399,7 @@ def test_diff_of_folders_tells_profiles_and_plans(run: Any, here: Path) -> None:
 )
 def test_diff_refuses(run: Any, here: Path, arguments: list[str], code: int, said: str) -> None:
     team(here / "a")
-    team(here / "broken", "[")
+    team(here / "broken", BROKEN)
     team(here, "[", "bad.jsonl")
     found, _, err = run("diff", *arguments)
     assert found == code
@@ -385,7 +430,7 @@ def test_the_help_names_every_action(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_what_the_terminal_cannot_show_is_no_reason_to_stop(here: Path) -> None:
     with (here / "caf\udce9.yaml").open("w") as file:  # as a folder from an old system has it
-        file.write("[")
+        file.write(BROKEN)
     command = [sys.executable, "-m", "engine", "profiles"]
     root = Path(__file__).parents[1]
     env = os.environ | {"PYTHONPATH": str(root), "PYTHONIOENCODING": "ascii"}

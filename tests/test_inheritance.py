@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -318,7 +319,7 @@ def test_two_files_of_one_folder_with_one_name_are_both_refused(here: Path) -> N
 
 def test_a_broken_file_breaks_nobody_else_and_nothing_comes_in_its_place(here: Path) -> None:
     put(here / "profiles", "low", "optimizers: [vae_tilling]\n")
-    (here / "profiles" / "notes.yml").write_text("[", encoding="utf-8")
+    (here / "profiles" / "notes.yml").write_text("schema: dg-run/profile@1\nname: [", encoding="utf-8")
     assert {p.name for p in profiles.built_in()} - {p.name for p in profiles.visible()} == {"low"}
     assert [(b.name, b.path.name) for b in profiles.broken()] == [("low", "low.yaml"), ("notes", "notes.yml")]
     assert "'vae_tilling' is not known here" in refused("low")
@@ -327,14 +328,63 @@ def test_a_broken_file_breaks_nobody_else_and_nothing_comes_in_its_place(here: P
     assert profiles.find("cpu").source == "built-in"
 
 
-def test_what_is_no_readable_file_is_broken_or_passed_over(here: Path) -> None:
+def test_files_of_other_programs_are_passed_over_and_those_that_are_no_text_are_not(here: Path) -> None:
+    folder = here / "profiles"
+    for i, text in enumerate(["", "config: {send: false}\n", "- a\n", "{{ template }}\n", "# later\n"]):
+        (folder / f"{i}.yaml").write_text(text, encoding="utf-8")
+    assert [b.name for b in profiles.broken()] == ["0"]
+    (folder / "wide.yaml").write_text(HEAD, encoding="utf-16")
+    (folder / "child.yaml").write_text("name: mine\nextends: low\n", encoding="utf-8")
+    assert [b.name for b in profiles.broken()] == ["0", "mine", "wide"]
+    with pytest.raises(ProfileError):
+        profiles.find("profiles/1.yaml")
+
+
+def test_what_is_no_file_is_passed_over_and_what_leads_nowhere_is_broken(here: Path) -> None:
     folder = here / "profiles"
     os.mkfifo(folder / "pipe.yaml")  # opening it would wait for ever
     (folder / "folder.yaml").mkdir()
     (folder / ".hidden.yaml").write_text("[", encoding="utf-8")
-    (folder / "loop.yaml").symlink_to(folder / "loop.yaml")
+    (folder / "gone.yaml").symlink_to(folder / "nowhere.yaml")
     assert profiles.broken() == ()
+    (folder / "loop.yaml").symlink_to(folder / "loop.yaml")
+    assert [b.name for b in profiles.broken()] == ["loop"]
     assert profiles.visible() == profiles.built_in()
+
+
+def test_a_folder_or_file_that_may_not_be_read_is_said_to_be(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.scandir
+
+    def refusing(folder: Any) -> Any:
+        if Path(folder) == here / "profiles":
+            raise PermissionError(13, "Permission denied")
+        return real(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    (found,) = profiles.broken()
+    assert found.error is not None
+    assert "it cannot be read: " in found.error.why
+    monkeypatch.undo()
+
+    def refused_text(path: Path, most: int) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.chdir(here)
+    put(here / "profiles", "a", "optimizers: [resident]\n")
+    monkeypatch.setattr("engine.documents.read_text", refused_text)
+    assert [(f.name, f.error and f.error.why.rpartition(": ")[2]) for f in profiles.broken()] == [
+        ("a", "Permission denied")
+    ]
+
+
+def test_a_file_of_the_same_name_size_and_time_elsewhere_is_another(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, dtype in (("one", "float16"), ("two", "float32")):
+        path = put(here / folder, "a", f"optimizers: [dtype: {dtype}, resident]\n")
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+        monkeypatch.chdir(here / folder)
+        assert str(profiles.find("./a.yaml").steps[0]) == f"dtype: {dtype}"
 
 
 def test_a_current_folder_that_is_gone_and_a_user_without_a_home(

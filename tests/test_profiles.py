@@ -149,6 +149,15 @@ def test_all_mistakes_are_told_at_once_in_their_order(tmp_path: Path) -> None:
     assert [line.rpartition("bad.yaml:")[2].split(":")[0] for line in found] == ["2", "8", "9"]
 
 
+def test_what_is_wrong_in_one_place_hides_nothing_in_another(tmp_path: Path) -> None:
+    text = GOOD.replace("7.2GiB", "0GiB").replace("  - vae_tiling\n", "  - model_offload\n").replace("1.2.3", "1.2")
+    text = text.replace("summary", "fallback: nobody\nsummary") + "prefer: sped\n"
+    with pytest.raises(ProfileError) as caught:
+        profiles.load(write(tmp_path, "bad.yaml", text), "bad.yaml")
+    for said in ("3:10: 1.2 is", "4:11: there is no", "7:25: '0GiB'", "11:5: model_offload and", "12:9: 'sped'"):
+        assert said in caught.value.why
+
+
 def test_the_line_is_shown_with_a_caret(tmp_path: Path) -> None:
     with pytest.raises(ProfileError) as caught:
         profiles.load(write(tmp_path, "bad.yaml", GOOD.replace("vae_tiling", "tiling")), "bad.yaml")

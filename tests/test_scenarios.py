@@ -40,7 +40,7 @@ def test_what_is_as_expected_differs_in_nothing(tmp_path: Path) -> None:
         ("fits: null", "fits: true", "fits: true is expected, and it is null"),
         ("vae_slicing]", "fuse_qkv]", "contains: fuse_qkv is not in [dtype: float16, vae_slicing, model_offload]"),
         ("absent: [vae_tiling]", "absent: [model_offload]", "absent: model_offload is in [dtype: float16,"),
-        ("notes: [not_estimated]", "notes: [no such]", "notes: 'no such' is not among [degrades: "),
+        ("notes: [not_estimated]", "notes: [no such]", "notes: 'no such' is not among ["),
         ("fits: null", "required_at_most: 1GiB", "at most 1.00 GiB is expected, and what it takes is not known"),
         ("fits: null", "error: no way", "error: 'no way' is expected, and the request is answered"),
         ("max: match.free_vram", "max: forbid", "rejected: max for forbid is expected, and it is match.free_vram"),

@@ -68,7 +68,7 @@ def find(name: str) -> Profile:
     entry = made.lookup(name)
     if entry is not None:
         return made.profile(entry)
-    is_here = name != "" and os.path.lexists(name) if "\0" not in name else False
+    is_here = name != "" and os.path.lexists(name)
     here = " (a file of that name is here: give its path, such as ./NAME.yaml)" if is_here else ""
     raise ProfileError(
         f"there is no profile {shown(name)}",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from engine.profiles import wording
 from engine.values import Profile, Slot, Step
@@ -41,9 +41,9 @@ def _of_slots(old: Sequence[Slot], new: Sequence[Slot]) -> Iterator[str]:
         same.append((was, now))
     # A step that became a choice, or a choice that was decided, is the same place of the list.
     for was, now in _pairs(gone, come, lambda a, b: not _names(a).isdisjoint(_names(b))):
-        yield f"{was} → {now}"
-    yield from (f"{s} is gone" for s in gone)
-    yield from (f"{s} is added" for s in come)
+        yield f"{wording.short(was)} → {wording.short(now)}"
+    yield from (f"{wording.short(s)} is gone" for s in gone)
+    yield from (f"{wording.short(s)} is added" for s in come)
     for was, now in same:
         yield from _of_one(was, now)
 
@@ -67,13 +67,13 @@ def _of_one(old: Slot, new: Slot) -> Iterator[str]:
         return
     for alternative in old.alternatives:
         if alternative not in new.alternatives:
-            yield f"the alternative {_told(alternative)} is gone"
+            yield f"the alternative {wording.alternative(alternative)} is gone"
     for alternative in new.alternatives:
         if alternative not in old.alternatives:
-            yield f"the alternative {_told(alternative)} is added"
-    kept = [a for a in old.alternatives if a in new.alternatives]
-    if kept != [a for a in new.alternatives if a in old.alternatives]:
-        yield f"the order of alternatives: {old} → {new}"
+            yield f"the alternative {wording.alternative(alternative)} is added"
+    kept = [a for a in new.alternatives if a in old.alternatives]
+    if kept != [a for a in old.alternatives if a in new.alternatives]:
+        yield f"the alternatives stand in another order: {' | '.join(map(wording.alternative, kept))}"
 
 
 def _of_step(old: Step, new: Step) -> Iterator[str]:
@@ -100,7 +100,3 @@ def _shape(slot: Slot) -> list[list[str]]:
 
 def _steps(slot: Slot) -> list[Step]:
     return [s for a in slot.alternatives for s in a]
-
-
-def _told(alternative: Iterable[Step]) -> str:
-    return " + ".join(map(str, alternative)) or "none"

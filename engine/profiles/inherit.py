@@ -34,12 +34,12 @@ class Edits:
 
 
 def alone(raw: Raw, source: str) -> Made:
-    """Return a profile without a parent."""
+    """Return a profile without a parent; of a file with problems, what could be read of it."""
     slots = raw.slots or ()
     profile = Profile(
         name=raw.name,
-        version=raw.values["version"],
-        summary=raw.values["summary"],
+        version=raw.values.get("version", ""),
+        summary=raw.values.get("summary", ""),
         match=raw.match or Match(),
         slots=plain(slots),
         source=source,
@@ -50,14 +50,14 @@ def alone(raw: Raw, source: str) -> Made:
 
 
 def child(raw: Raw, source: str, parent: Made) -> tuple[Made, Edits]:
-    """Return a profile over its parent, and what came of its edits."""
+    """Return a profile over its parent (as `alone` does), and what came of its edits."""
     above = parent.profile
     edits = Edits(overridden=list(above.overridden))
     told = wording.called(above)
     inherited = tuple(tuple(tuple(Placed(p.step, None) for p in a) for a in slot) for slot in parent.slots)
     if raw.slots is not None:
         slots = raw.slots
-        listed = ", ".join(str(s) for s in above.slots)
+        listed = ", ".join(map(wording.short, above.slots))
         edits.overridden.append(f"optimizers of {told}: {listed}; replaced whole")
     else:
         slots = tuple(_edited(raw, inherited, told, edits))
@@ -74,8 +74,8 @@ def child(raw: Raw, source: str, parent: Made) -> tuple[Made, Edits]:
         edits.overridden.append(f"match of {told}: {was_when}; {is_when} here")
     profile = Profile(
         name=raw.name,
-        version=raw.values["version"],
-        summary=raw.values["summary"],
+        version=raw.values.get("version", ""),
+        summary=raw.values.get("summary", ""),
         match=above.match if raw.match is None else raw.match,
         slots=plain(slots),
         source=source,

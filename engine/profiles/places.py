@@ -35,7 +35,7 @@ class Found:
     """A file, and what changes whenever its content does."""
 
     path: str
-    stamp: tuple[int, int, int]
+    stamp: tuple[int, ...]
 
 
 _CHOSEN: ContextVar[tuple[Place, ...] | None] = ContextVar("_CHOSEN", default=None)
@@ -98,17 +98,26 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def files(place: Place) -> tuple[Found, ...]:
-    """Return the YAML files of a place, by name; () where there is no such folder."""
+    """Return the YAML files of a place, by name; () where there is no such folder.
+
+    What cannot be looked at (not even the folder, maybe) is among them: whoever reads it is told why.
+    """
     found = []
     now = time.time_ns()
     try:
         with os.scandir(place.folder) as entries:
             for entry in entries:
                 # Hidden files are an editor's; what is no file (a pipe, say) is not opened.
-                if entry.name.endswith(_SUFFIXES) and entry.name[0] != "." and entry.is_file():
-                    found.append(Found(entry.path, _stamp(entry.stat(), now)))
+                if entry.name.endswith(_SUFFIXES) and entry.name[0] != ".":
+                    try:
+                        if entry.is_file():
+                            found.append(Found(entry.path, _stamp(entry.stat(), now)))
+                    except OSError:
+                        found.append(Found(entry.path, (now,)))
+    except (FileNotFoundError, NotADirectoryError):
+        return ()
     except OSError:
-        return tuple(sorted(found, key=lambda f: f.path))
+        return (Found(str(place.folder), (now,)),)
     return tuple(sorted(found, key=lambda f: f.path))
 
 
@@ -117,6 +126,6 @@ def file(path: Path) -> Found:
     return Found(str(path), _stamp(path.stat(), time.time_ns()))
 
 
-def _stamp(seen: os.stat_result, now_ns: int) -> tuple[int, int, int]:
+def _stamp(seen: os.stat_result, now_ns: int) -> tuple[int, ...]:
     is_fresh = now_ns - seen.st_mtime_ns < _FRESH_NS
-    return seen.st_mtime_ns, seen.st_size, now_ns if is_fresh else 0
+    return seen.st_dev, seen.st_ino, seen.st_mtime_ns, seen.st_size, now_ns if is_fresh else 0

@@ -36,7 +36,8 @@ Alternatives = tuple[tuple[Placed, ...], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Raw:
-    """What one file says. Where there are problems, what they speak of is missing, and the rest is not to be used."""
+    """What one file says. Where there are problems, what they speak of is missing; the rest can be judged all the same,
+    for more problems, and is no profile."""
 
     path: str
     document: Document
@@ -49,6 +50,12 @@ class Raw:
     slots: tuple[Alternatives, ...] | None = None
     edits: Mapping[str, Mapping[str, Any]] = field(default_factory=FrozenDict)
     drops: tuple[str, ...] = ()
+
+    @property
+    def is_anothers(self) -> bool:
+        """Whether this is a file of another program: of a folder that is called `profiles` too."""
+        text = self.document.text
+        return text != "" and not any(word in f"\n{text}" for word in ("dg-run/", "optimizers", "\nextends:"))
 
     def place(self, *path: str | int, key: bool = False) -> documents.Place | None:
         return self.document.place(path, key=key)
@@ -92,7 +99,6 @@ class _Reader:
         listed = told.get("optimizers")
         slots = self._slots(listed) if isinstance(listed, list) and len(listed) <= 32 else None
         self._edits(told)
-        sound = not self.problems
         return Raw(
             document=self.document,
             problems=tuple(validation.in_order(self.problems)),
@@ -104,9 +110,9 @@ class _Reader:
                 }
             ),
             match=match,
-            slots=slots if sound else None,
-            edits=FrozenDict(told.get("set", {})) if sound else FrozenDict(),
-            drops=tuple(told.get("drop", ())) if sound else (),
+            slots=slots if self._is_sound("optimizers") else None,
+            edits=FrozenDict(told.get("set", {})) if self._is_sound("set") else FrozenDict(),
+            drops=tuple(told.get("drop", ())) if self._is_sound("drop") else (),
             **named,
         )
 
@@ -204,6 +210,10 @@ class _Reader:
             if not any(self._is_within(p, path) for p in self.problems):
                 self._say(error.what, error.do, *path)
             return None
+
+    def _is_sound(self, key: str) -> bool:
+        """Whether nothing is wrong with what stands under a key: then it is judged, whatever is wrong elsewhere."""
+        return not any(self._is_within(p, (key,)) for p in self.problems)
 
     def _is_within(self, problem: Problem, path: tuple[str | int, ...]) -> bool:
         within = (v for k, v in self.document.values.items() if k[: len(path)] == path)

@@ -9,6 +9,7 @@ from functools import cache
 
 from engine import compat
 from engine.documents import Place, Problem
+from engine.profiles import wording
 from engine.profiles.raw import Alternatives, Placed
 from engine.values import Step
 
@@ -171,6 +172,6 @@ def _first_place(slot: Alternatives) -> Place | None:
 def _unreachable(slots: Sequence[Alternatives], where: tuple[int, int], otherwise: Place | None) -> Problem:
     alternative = slots[where[0]][where[1]]
     place = alternative[0].place if alternative else _first_place(slots[where[0]])
-    words = " + ".join(str(p.step) for p in alternative) or "none"
+    words = wording.alternative(p.step for p in alternative)
     what = f"the alternative {words} can never be taken: no combination with the other steps is allowed"
     return Problem(place or otherwise, what, "leave it out, or change what it does not go with")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+from engine import validation
 from engine.documents import Document, DocumentError, Problem
 from engine.errors import ProfileError
 from engine.profiles import inherit, places, rules
@@ -103,9 +104,7 @@ class Search:
         problems = (*made.problems, *self._twice(entry), *self._fallback(entry, made.made, for_name=for_name))
         if not problems:
             return made
-        return Result(
-            None, tuple(sorted(problems, key=lambda p: (p.place.line, p.place.column) if p.place else (0, 0)))
-        )
+        return Result(None, tuple(validation.in_order(problems)))
 
     def profile(self, entry: Entry) -> Profile:
         """Return an entry's profile. Raises: ProfileError, with all its problems."""
@@ -139,19 +138,21 @@ class Search:
         raw = entry.raw
         name = raw.values.get("extends")
         place = raw.place("optimizers", key=True) if name is None else raw.place("extends")
+        made, edits = None, inherit.Edits()
+        problems = list(raw.problems)
         if name is None:
-            if raw.problems:
-                return Result(None, raw.problems)
-            made, edits = inherit.alone(raw, entry.source), inherit.Edits()
+            made = inherit.alone(raw, entry.source) if raw.slots is not None else None
         else:
             parent, problem = self._parent(entry, name)
-            if parent is None or raw.problems:
-                return Result(None, (*raw.problems, *([problem] if problem else [])))
-            made, edits = inherit.child(raw, entry.source, parent)
-            if edits.problems:
-                return Result(None, tuple(edits.problems))
+            problems += [] if problem is None else [problem]
+            if parent is not None:
+                made, edits = inherit.child(raw, entry.source, parent)
+                problems += edits.problems
+        if made is None or edits.problems:
+            return Result(None, tuple(problems))
         judged = rules.judge(made.slots, place)
-        return Result(None if judged.problems else made, judged.problems, (*edits.warnings, *judged.warnings))
+        problems += judged.problems
+        return Result(None if problems else made, tuple(problems), (*edits.warnings, *judged.warnings))
 
     def _parent(self, entry: Entry, name: str) -> tuple[Made | None, Problem | None]:
         place = entry.raw.place("extends")
@@ -239,7 +240,8 @@ def _each(place: Place, files: Sequence[Found], shelf: int) -> Iterator[Entry]:
             problem = Problem(None, f"it cannot be read: {refused.strerror or refused}")
             empty = Document(found.path, "", None, {}, {})
             raw = Raw(path=found.path, document=empty, problems=(problem,), name=Path(found.path).stem)
-        yield Entry(raw, place.source(found.path), shelf)
+        if not raw.is_anothers:
+            yield Entry(raw, place.source(found.path), shelf)
 
 
 def _not_valid(role: str, entry: Entry, problems: Sequence[Problem]) -> str:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
+from engine import optimizers
 from engine.units import format_size
-from engine.values import Match, Profile
+from engine.values import FrozenDict, Match, Profile, Slot, Step
 from engine.words import listing
 
 
@@ -43,3 +46,24 @@ def value(told: Any) -> str:
     if isinstance(told, list | tuple):
         return f"[{', '.join(map(str, told))}]"
     return str(told).lower() if isinstance(told, bool) else str(told)
+
+
+def short(slot: Slot) -> str:
+    """Return a place of a list, each step with those parameters that are not its defaults."""
+    told = [alternative(a) for a in slot.alternatives]
+    return told[0] if len(told) == 1 else f"one of ({' | '.join(told)})"
+
+
+def alternative(steps: Iterable[Step]) -> str:
+    """Return steps that go together, in the same way."""
+    return " + ".join(map(_short, steps)) or "none"
+
+
+def _short(step: Step) -> str:
+    spec = optimizers.spec(step.name)
+    if spec.scalar:
+        return str(step)
+    usual = spec.step().params
+    return str(
+        dataclasses.replace(step, params=FrozenDict({k: v for k, v in step.params.items() if v != usual.get(k)}))
+    )

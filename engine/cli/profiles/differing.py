@@ -102,7 +102,7 @@ def _differing(old: Mapping[str, Profile], new: Mapping[str, Profile], are_singl
 
 
 def _told(profile: Profile) -> str:
-    return f"{wording.called(profile)}, {wording.match(profile.match)}: {' → '.join(map(str, profile.slots))}"
+    return f"{wording.called(profile)}, {wording.match(profile.match)}: {' → '.join(map(wording.short, profile.slots))}"
 
 
 def _requests(path: Path | None) -> Iterator[tuple[str, Mapping[str, Any]]]:

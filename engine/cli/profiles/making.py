@@ -127,7 +127,7 @@ def schema_parser() -> options.Parser:
         f"your profiles as {SCHEMA_FILE} (`new` does); a first line in a profile leads to it:\n"
         f"# yaml-language-server: $schema={SCHEMA_FILE}",
     )
-    made.add_argument("--output", type=Path, metavar="FILE.json", help="write it there, over what is there")
+    made.add_argument("--output", type=Path, metavar="FILE.json", help="write it there, over an older one")
     return made
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 from engine import documents, paths, profiles
@@ -53,7 +54,9 @@ def _print(one: Listed, width: int) -> None:
         print(f"{one.name:<{width}} {profile.version:<7} {one.source}{parent}")
         print(f"{'':<{width}} {profile.summary}")
         print(f"{'':<{width}} {wording.match(profile.match)}")
-        print(f"{'':<{width}} {' → '.join(map(str, profile.slots))}")
+        listed = " → ".join(map(wording.short, profile.slots))
+        for line in textwrap.wrap(listed, max(40, 120 - width - 1), break_long_words=False, break_on_hyphens=False):
+            print(f"{'':<{width}} {line}")
     if one.shadows:
         print(f"{'':<{width}} shadows {', '.join(one.shadows)}")
     print()
