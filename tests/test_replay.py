@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.estimate import placements, stream
+from engine.estimate import pinned, placements, stream
 from engine.estimate.trace import Builder, Trace, TracedComponent, TracedModule, Weight
 
 
@@ -224,6 +224,26 @@ def test_components_are_grouped_each_in_its_own_way() -> None:
     }
     assert mixed.bytes_of(mixed.pinned()) == 100 + 200 + 400  # the net's blocks, and nothing else
     assert [mixed.brings_back(n) for n in how] == [True, False, False]
+
+
+def test_groups_that_are_pinned_in_turn_keep_no_pinned_copies() -> None:
+    """What is on the device is the same; of the host's blocks as many of each size are kept as one group wants."""
+    toy = trace([NET, VAE], *STEP, *STEP, *LAST[:-1])
+    low = placements.GroupOffload(toy, low_cpu_mem_usage=True)
+    assert low.pinned() == ()
+    assert [low.bytes_of(g) for g in low.pinned_in_turn()] == [1000, 2010, 300]
+    assert pinned.pinned_in_turn_bytes([[1000], [2000, 10], [300]]) == 1024 + 2048 + 16 + 512
+    assert pinned.pinned_in_turn_bytes([[1000, 900], [1024], [0]]) == 2 * 1024
+    usual = placements.GroupOffload(toy)
+    assert by_phase(toy, low) == by_phase(toy, usual)
+    fresh = placements.GroupOffload(toy, low_cpu_mem_usage=True)
+    moves = [m.verb for path in ("net", "net.a") for m in fresh.begin(path)]
+    assert moves == [placements.PIN, placements.FETCH, placements.WAIT]
+
+
+def test_a_group_that_never_comes_is_never_pinned_in_turn() -> None:
+    toy = trace([NET, VAE], *STEP)
+    assert [*placements.GroupOffload(toy, low_cpu_mem_usage=True).pinned_in_turn()] == [(0,), (1, 2)]
 
 
 CAST = component(

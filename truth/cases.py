@@ -82,12 +82,14 @@ MIXTURES: dict[str, tuple[Step, ...]] = {
         _step("group_offload", components=_DENOISER, **_BLOCKS),
         _step("resident"),
     ),
+    "leaf, streamed, pinned in turn": (_step("group_offload", low_cpu_mem_usage=True),),
+    "block, streamed, pinned in turn": (_step("group_offload", low_cpu_mem_usage=True, **_BLOCKS),),
     "two blocks of the text, leaf, streamed": (
         _step("group_offload", components=_TEXT, use_stream=False, blocks_per_group=2, **_BLOCKS),
         _step("group_offload"),
     ),
 }
-"""Components placed apart, as the libraries can do it."""
+"""Components placed apart, as the libraries can do it; and groups that are pinned as they come."""
 
 _CASTINGS = (None, _step("layerwise_casting"), _step("layerwise_casting", storage="float8_e5m2"))
 _WAYS = ((), ("vae_tiling",), ("vae_slicing",), ("vae_slicing", "vae_tiling"))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from engine.estimate.trace import Trace, TracedComponent, TracedModule, Weight
 from engine.optimizers.spec import is_vae
 
-LOAD, FETCH, DROP, STORE, EMPTY, WAIT, STAGE = range(7)
+LOAD, FETCH, DROP, STORE, EMPTY, WAIT, STAGE, PIN = range(8)
 """
 LOAD   weights are copied to the device, and the host waits for it (from pageable memory)
 FETCH  the same on a stream of its own, from pinned memory, while the device computes; what is there is copied anew
@@ -23,6 +23,7 @@ DROP   weights are let go of; the host has kept its copy
 STORE  weights are copied back to the host and let go of
 EMPTY  the allocator's cache is emptied
 WAIT   the host waits for the stream of copies
+PIN    weights are copied into pinned memory, for the FETCH that follows
 STAGE  one stage of a run is over; the next such move says that the following one has been loaded
 """
 
@@ -128,6 +129,10 @@ class Placement:
 
     def pinned(self) -> tuple[int, ...]:
         """Return the slots of which the host holds a pinned copy for good."""
+        return ()
+
+    def pinned_in_turn(self) -> tuple[tuple[int, ...], ...]:
+        """Return the groups of slots of which the host makes a pinned copy each time they come, one after another."""
         return ()
 
     def brings_back(self, component: str) -> bool:
@@ -246,6 +251,7 @@ class Grouping:
     block_level: bool = False
     use_stream: bool = True
     blocks_per_group: int = 1
+    low_cpu_mem_usage: bool = False
 
 
 class GroupOffload(Placement):
@@ -262,7 +268,8 @@ class GroupOffload(Placement):
     With a stream the order of groups is learnt in a component's first forward. From its second on, a group fetches the
     next one before it computes, even if that is there already (a module that is called more than once); the component
     itself fetches the first. Until then, and where the order was not kept, a group comes by itself: on the same stream,
-    but waited for. The buffers of blocks and of torch's layers stay, once they have come with the stream; those of
+    but waited for. With `low_cpu_mem_usage` a group is pinned each time that it comes, and no pinned copy is kept. The
+    buffers of blocks and of torch's layers stay, once they have come with the stream; those of
     other modules go with the rest.
     """
 
@@ -295,7 +302,14 @@ class GroupOffload(Placement):
         left = sorted((n for n in self.how if self._is_left(n) or self.how[n] is None), key=self._is_left, reverse=True)
         for name in left:
             self.kept += self.slots(trace.component(name).moved())
-        pinned = (g for path, g in (*self.groups.items(), *self.never.items()) if self._is_streamed(path))
+        self.in_turn = {
+            n for n, how in self.how.items() if how is not None and how.use_stream and how.low_cpu_mem_usage
+        }
+        pinned = [
+            g
+            for path, g in (*self.groups.items(), *self.never.items())
+            if self._is_streamed(path) and _root(path) not in self.in_turn
+        ]
         self.all_slots = tuple(dict.fromkeys(s for group in pinned for s in group))
         self.order: dict[str, list[str]] = {}
         self.following: dict[str, str] = {}
@@ -345,6 +359,11 @@ class GroupOffload(Placement):
     def pinned(self) -> tuple[int, ...]:
         return self.all_slots
 
+    def pinned_in_turn(self) -> tuple[tuple[int, ...], ...]:
+        called = set(self.trace.paths)
+        streamed = [path for path in self.groups if self._is_streamed(path) and _root(path) in self.in_turn]
+        return tuple(self.groups[path] for path in streamed if path in called)
+
     def brings_back(self, component: str) -> bool:
         how = self.how[component]
         return how is not None and not how.use_stream
@@ -362,7 +381,7 @@ class GroupOffload(Placement):
             return
         self.here.add(path)
         if self._is_streamed(path):
-            yield Move(FETCH, self.groups[path])
+            yield from self._copy(path)
             yield _WAIT
         else:
             yield Move(LOAD, self.groups[path])
@@ -370,6 +389,11 @@ class GroupOffload(Placement):
     def _fetch(self, path: str) -> Iterator[Move]:
         """Bring a group ahead: nobody looks whether it is there."""
         self.here.add(path)
+        yield from self._copy(path)
+
+    def _copy(self, path: str) -> Iterator[Move]:
+        if _root(path) in self.in_turn:
+            yield Move(PIN, self.groups[path])
         yield Move(FETCH, self.groups[path])
 
     def _go(self, path: str) -> Iterator[Move]:
@@ -465,6 +489,9 @@ class StagedEncoding(Placement):
 
     def pinned(self) -> tuple[int, ...]:
         return self.rest.pinned()
+
+    def pinned_in_turn(self) -> tuple[tuple[int, ...], ...]:
+        return self.rest.pinned_in_turn()
 
     def acts_on(self, path: str) -> bool:
         return True  # whichever module is the first of the rest brings it

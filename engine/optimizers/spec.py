@@ -34,7 +34,9 @@ class Param:
 
     def json_schema(self) -> dict[str, Any]:
         """Return the parameter as a JSON Schema."""
-        base: dict[str, Any] = {"description": self.about, "default": self.default}
+        base: dict[str, Any] = {"description": self.about}
+        if self.default is not None:
+            base["default"] = self.default
         return base | ({"anyOf": [self._schema(), {"const": "auto"}]} if self.opens else self._schema())
 
     def _schema(self) -> dict[str, Any]:
@@ -57,17 +59,17 @@ class Param:
         """Return `value` if it is one this parameter can have. Raises: UsageError."""
         if self.opens and value == "auto":
             return value
+        if value is None and self.default is None:
+            return value
         if self.kind == "word":
             if value in self.choices:
                 return value
             raise UsageError(f"{owner}: {self.name} cannot be {value!r}", do=did_you_mean(str(value), self.choices))
         if self.kind == "names":
-            if value is None or _are_names(value):
-                return None if value is None else tuple(value)
+            if _are_names(value):
+                return tuple(value)
             do = "give a list of components' names, each once, such as [vae]"
             raise UsageError(f"{owner}: {self.name} cannot be {value!r}", do=do)
-        if value is None and self.default is None:
-            return value
         is_bool = isinstance(value, bool)
         most = _MOST.get(self.kind, 0)
         if is_bool if self.kind == "bool" else isinstance(value, int) and not is_bool and 1 <= value <= most:
