@@ -273,6 +273,29 @@ def test_a_layer_is_widened_while_it_computes_wherever_its_weights_are(placement
     assert most(toy, placement(toy, casting)) == 1000 + 250 + 40 + others
 
 
+def test_text_encoders_are_cast_by_the_paths_of_their_layers() -> None:
+    """The embedding, norms and T5's `wo` are left alone; so is what is no layer."""
+    paths = [
+        "shared",
+        "block.0.layer.0.SelfAttention.q",
+        "block.0.layer.1.DenseReluDense.wo",
+        "block.0.layer_norm",
+        "x",
+    ]
+    modules = [module(f"text_encoder.{p}", 1000) for p in paths]
+    layers = [dataclasses.replace(m, is_layer=not m.path.endswith("x")) for m in modules]
+    text = component("text_encoder", *layers)
+    casting = placements.Casting(storage="float8_e4m3fn", compute="float32", components=("text_encoder", "net"))
+    placement = placements.Resident(trace([text, CAST]), casting)
+    assert sorted(placement.casts) == ["net.a", "text_encoder.block.0.layer.0.SelfAttention.q"]
+    assert sorted(placements.Resident(trace([text, CAST]), dataclasses.replace(casting, components=None)).casts) == [
+        "net.a"
+    ]
+    assert kept(placement) == 4 * 1000 + 250 + 250 + 30
+    staged = placements.StagedEncoding(trace([text, CAST]), functools.partial(placements.Resident, casting=casting))
+    assert kept(staged) == 4 * 1000 + 250
+
+
 def test_at_leaf_level_what_a_vae_itself_owns_never_comes() -> None:
     """Its `decode` bypasses the hook on its forward."""
     vae = component("vae", module("vae", buffers=(16,)), module("vae.a", 300))

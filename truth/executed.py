@@ -13,7 +13,7 @@ import torch
 from engine import optimizers
 from engine.dryrun import phases
 from engine.dryrun.record import no_collection
-from engine.estimate.placements import is_text_encoder
+from engine.facts.casting import is_text_encoder
 from engine.optimizers import placing
 from engine.optimizers.spec import Context
 from engine.run import stages

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from engine.estimate.trace import Trace, TracedComponent, TracedModule, Weight
+from engine.facts.casting import is_cast, is_text_encoder
 from engine.optimizers.spec import is_vae
 
 LOAD, FETCH, DROP, STORE, EMPTY, WAIT, STAGE, PIN = range(8)
@@ -55,6 +56,16 @@ class Casting:
 
     storage: str
     compute: str
+    components: tuple[str, ...] | None = None
+    """What is cast; None: what denoises."""
+
+    def acts_on(self, component: str, module: TracedModule) -> bool:
+        """Whether a component's module is kept in fewer bits."""
+        if self.components is not None and component not in self.components:
+            return False
+        if self.components is not None and is_text_encoder(component):
+            return module.is_layer and is_cast(module.path.partition(".")[2])
+        return module.is_castable
 
     def stored_bytes(self, weight: Weight) -> int:
         """Return a castable weight's bytes at rest."""
@@ -77,9 +88,13 @@ class Placement:
         """What is widened while a module computes, by its path."""
         self._slots: dict[int, int] = {}
         self._cast_slots: dict[int, Cast] = {}
-        for module in self._modules() if casting is not None else ():
-            if module.is_castable:
-                self.casts[module.path] = self._cast(module)
+        self._cast_all(trace.components)
+
+    def _cast_all(self, components: Iterable[TracedComponent]) -> None:
+        for component in components if self.casting is not None else ():
+            for module in component.modules:
+                if self.casting is not None and self.casting.acts_on(component.name, module):
+                    self.casts[module.path] = self._cast(module)
 
     def _cast(self, module: TracedModule) -> tuple[Cast, ...]:
         assert self.casting is not None
@@ -92,9 +107,6 @@ class Placement:
                     slot = self._slots[weight.storage] = self._new_slot(stored)
                 found.append(Cast(slot=slot, stored_bytes=stored, computed_bytes=self.casting.computed_bytes(weight)))
         return tuple(found)
-
-    def _modules(self) -> Iterator[TracedModule]:
-        return (m for c in self.trace.components for m in c.modules)
 
     def _new_slot(self, size_bytes: int) -> int:
         self.sizes.append(size_bytes)
@@ -474,6 +486,7 @@ class StagedEncoding(Placement):
         self.casting = self.rest.casting
         # One numbering of slots for both: what the encoders have is added to what the rest has.
         self.sizes, self.casts, self._slots = self.rest.sizes, self.rest.casts, self.rest._slots
+        self._cast_all(encoders)
         self.encoders = {c.name: self.slots(c.moved()) for c in sorted(encoders, key=_name)}
         self.is_encoded = not encoders
         self.again: str | None = None
@@ -540,8 +553,3 @@ def _root(path: str) -> str:
 
 def _name(component: TracedComponent) -> str:
     return component.name
-
-
-def is_text_encoder(component: str) -> bool:
-    """Whether a component is a text encoder, by its name."""
-    return component.startswith("text_encoder")

@@ -22,13 +22,14 @@ from engine.estimate.placements import (
     Resident,
     SequentialOffload,
     StagedEncoding,
-    is_text_encoder,
     keeping,
 )
 from engine.estimate.stream import Stream, Taken
 from engine.estimate.trace import Trace, Work
 from engine.estimate.ways import way
+from engine.facts.casting import is_text_encoder
 from engine.optimizers import placing
+from engine.optimizers.spec import named
 from engine.values import Estimate, Gpu, HostBytes, Interval, Phase, Step
 
 HOST_BASE_BYTES = 300 * 1024**2
@@ -58,7 +59,11 @@ def _placed(trace: Trace, steps: Sequence[Step], dtype: str) -> Placement:
     casting = None
     if (cast := _step(steps, "layerwise_casting")) is not None:
         compute = cast.params["compute"]
-        casting = Casting(storage=cast.params["storage"], compute=dtype if compute == "auto" else compute)
+        casting = Casting(
+            storage=cast.params["storage"],
+            compute=dtype if compute == "auto" else compute,
+            components=named(cast),
+        )
     held = placing.holders(steps, [c.name for c in trace.components])
     resident = [n for n, s in held.items() if s.name == placing.RESIDENT]
     offload = next((s.name for s in held.values() if s.name != placing.RESIDENT), placing.RESIDENT)

@@ -187,13 +187,25 @@ def modules(pipe: Pipeline) -> dict[str, Any]:
     return {n: c for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
 
 
+def named(step: Step) -> tuple[str, ...] | None:
+    """Return the components that a step names; None where it names none. Raises: UsageError, while that is open."""
+    components = step.params.get("components")
+    if components == "auto":
+        raise UsageError(
+            f"{step.name}: which components it acts on is open",
+            "auto is for profiles, where the solver decides",
+            "name the components, or leave them out",
+        )
+    return None if components is None else tuple(components)
+
+
 def held(pipe: Pipeline, step: Step) -> dict[str, Any]:
     """Return the components with weights that a placement holds, by name: all of them where it names none.
 
     `engine.optimizers.placing.spread` names those of a step that holds the rest.
     """
-    named = step.params.get("components")
-    return {n: m for n, m in modules(pipe).items() if named is None or n in named}
+    wanted = named(step)
+    return {n: m for n, m in modules(pipe).items() if wanted is None or n in wanted}
 
 
 def left_out(pipe: Pipeline, step: Step) -> tuple[str, ...]:
