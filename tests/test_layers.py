@@ -30,6 +30,7 @@ LAYERS = [
     "engine.facts.attention",
     "engine.facts.widening",
     "engine.facts.tiling",
+    "engine.facts.casting",
     "engine.facts.model",
     "engine.facts.classes",
     "engine.facts.bounds",

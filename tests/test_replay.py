@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.estimate import placements, stream
+from engine.estimate import pinned, placements, stream
 from engine.estimate.trace import Builder, Trace, TracedComponent, TracedModule, Weight
 
 
@@ -226,6 +226,26 @@ def test_components_are_grouped_each_in_its_own_way() -> None:
     assert [mixed.brings_back(n) for n in how] == [True, False, False]
 
 
+def test_groups_that_are_pinned_in_turn_keep_no_pinned_copies() -> None:
+    """What is on the device is the same; of the host's blocks as many of each size are kept as one group wants."""
+    toy = trace([NET, VAE], *STEP, *STEP, *LAST[:-1])
+    low = placements.GroupOffload(toy, low_cpu_mem_usage=True)
+    assert low.pinned() == ()
+    assert [low.bytes_of(g) for g in low.pinned_in_turn()] == [1000, 2010, 300]
+    assert pinned.pinned_in_turn_bytes([[1000], [2000, 10], [300]]) == 1024 + 2048 + 16 + 512
+    assert pinned.pinned_in_turn_bytes([[1000, 900], [1024], [0]]) == 2 * 1024
+    usual = placements.GroupOffload(toy)
+    assert by_phase(toy, low) == by_phase(toy, usual)
+    fresh = placements.GroupOffload(toy, low_cpu_mem_usage=True)
+    moves = [m.verb for path in ("net", "net.a") for m in fresh.begin(path)]
+    assert moves == [placements.PIN, placements.FETCH, placements.WAIT]
+
+
+def test_a_group_that_never_comes_is_never_pinned_in_turn() -> None:
+    toy = trace([NET, VAE], *STEP)
+    assert [*placements.GroupOffload(toy, low_cpu_mem_usage=True).pinned_in_turn()] == [(0,), (1, 2)]
+
+
 CAST = component(
     "net",
     TracedModule(
@@ -251,6 +271,29 @@ def test_a_layer_is_widened_while_it_computes_wherever_its_weights_are(placement
     toy = trace([CAST], "net", "net.a", "40", "/net.a", "net.b", "/net.b", "/net")
     casting = placements.Casting(storage="float8_e4m3fn", compute="float32")
     assert most(toy, placement(toy, casting)) == 1000 + 250 + 40 + others
+
+
+def test_text_encoders_are_cast_by_the_paths_of_their_layers() -> None:
+    """The embedding, norms and T5's `wo` are left alone; so is what is no layer."""
+    paths = [
+        "shared",
+        "block.0.layer.0.SelfAttention.q",
+        "block.0.layer.1.DenseReluDense.wo",
+        "block.0.layer_norm",
+        "x",
+    ]
+    modules = [module(f"text_encoder.{p}", 1000) for p in paths]
+    layers = [dataclasses.replace(m, is_layer=not m.path.endswith("x")) for m in modules]
+    text = component("text_encoder", *layers)
+    casting = placements.Casting(storage="float8_e4m3fn", compute="float32", components=("text_encoder", "net"))
+    placement = placements.Resident(trace([text, CAST]), casting)
+    assert sorted(placement.casts) == ["net.a", "text_encoder.block.0.layer.0.SelfAttention.q"]
+    assert sorted(placements.Resident(trace([text, CAST]), dataclasses.replace(casting, components=None)).casts) == [
+        "net.a"
+    ]
+    assert kept(placement) == 4 * 1000 + 250 + 250 + 30
+    staged = placements.StagedEncoding(trace([text, CAST]), functools.partial(placements.Resident, casting=casting))
+    assert kept(staged) == 4 * 1000 + 250
 
 
 def test_at_leaf_level_what_a_vae_itself_owns_never_comes() -> None:

@@ -159,6 +159,23 @@ def test_fp8_storage_keeps_the_picture_near(pipe: Any) -> None:
     assert weight.dtype == torch.float8_e4m3fn
 
 
+def test_text_encoders_in_fp8_keep_the_picture_near_and_say_what_they_compute_in(pipe: Any) -> None:
+    """What a pipeline asks a text encoder for its dtype is its first weights': they are left alone."""
+    plain = draw(pipe, num_inference_steps=8)
+    told = applied(pipe, step("layerwise_casting", components=["text_encoder_2", "transformer"]))
+    assert "text_encoder_2" in told and "transformer" in told
+    assert pipe.text_encoder_2.dtype == torch.float32
+    widths = {str(p.dtype) for n, p in pipe.text_encoder_2.named_parameters() if n.endswith("wo.weight")}
+    assert widths == {"torch.float32"}
+    difference = np.abs(draw(pipe, num_inference_steps=8).astype(int) - plain)
+    assert 0 < difference.mean() < 16
+
+
+def test_only_denoisers_and_text_encoders_are_cast(pipe: Any) -> None:
+    with pytest.raises(IncompatibleError, match="cannot act on vae"):
+        applied(pipe, step("layerwise_casting", components=["vae", "transformer"]))
+
+
 @pytest.mark.parametrize(("value", "torch_dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
 def test_dtype_is_what_the_whole_pipeline_is_loaded_in(value: str, torch_dtype: torch.dtype) -> None:
     pipe = plan_for(step("dtype", value=value)).load()

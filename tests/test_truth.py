@@ -22,9 +22,8 @@ from truth.results import Row
 SEED = 20  # any: `python -m truth` takes others, and more
 PLACED = list(cases.every_placement())
 MIXED = list(cases.every_mixture())[::7]  # each mixture twice, each architecture once or twice; `make truth` runs all
-TILES = [
-    c for i, c in enumerate(cases.every_tile()) if i % 4 in (0, 3)
-]  # each architecture once, the placements in turn
+TILES = list(cases.every_tile())[::4] + list(cases.every_tile())[3::4]  # each architecture once
+CASTS = list(cases.every_cast())[::10] + list(cases.every_cast())[8::10]
 RANDOM = list(itertools.islice(cases.random_cases(SEED), 200))
 STAGED = [c for c in cases.staged() if c.steps[-1].name != "model_offload"]  # `make truth` runs those too
 JOBS = os.cpu_count() or 1
@@ -37,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def rows() -> dict[str, Row]:
     """Give what every case came to, run in as many processes as there are cores."""
-    listed = [*PLACED, *MIXED, *TILES, *RANDOM]
+    listed = [*PLACED, *MIXED, *TILES, *CASTS, *RANDOM]
     return {row.id: row for row in many.each(results.row, listed, JOBS)}
 
 
@@ -49,6 +48,11 @@ def test_every_placement_of_every_architecture_holds_what_was_predicted(case: Ca
 
 @pytest.mark.parametrize("case", MIXED, ids=lambda c: c.id)
 def test_components_that_are_placed_apart_hold_what_was_predicted(case: Case, rows: dict[str, Row]) -> None:
+    assert rows[case.id].differences == ()
+
+
+@pytest.mark.parametrize("case", CASTS, ids=lambda c: c.id)
+def test_text_encoders_in_fewer_bits_hold_what_was_predicted(case: Case, rows: dict[str, Row]) -> None:
     assert rows[case.id].differences == ()
 
 

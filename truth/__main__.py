@@ -30,7 +30,7 @@ def main() -> int:
     random_cases = itertools.islice(cases.random_cases(options.seed), options.cases)
     staged, listed = (
         list(cases.staged()),
-        [*cases.every_placement(), *cases.every_mixture(), *cases.every_tile(), *random_cases],
+        [*cases.every_placement(), *cases.every_mixture(), *cases.every_tile(), *cases.every_cast(), *random_cases],
     )
     rows = []
     for row in many.each(results.row, [*staged, *listed], options.jobs):

@@ -82,12 +82,26 @@ MIXTURES: dict[str, tuple[Step, ...]] = {
         _step("group_offload", components=_DENOISER, **_BLOCKS),
         _step("resident"),
     ),
+    "leaf, streamed, pinned in turn": (_step("group_offload", low_cpu_mem_usage=True),),
+    "block, streamed, pinned in turn": (_step("group_offload", low_cpu_mem_usage=True, **_BLOCKS),),
     "two blocks of the text, leaf, streamed": (
         _step("group_offload", components=_TEXT, use_stream=False, blocks_per_group=2, **_BLOCKS),
         _step("group_offload"),
     ),
 }
-"""Components placed apart, as the libraries can do it."""
+"""Components placed apart, as the libraries can do it; and groups that are pinned as they come."""
+
+CASTS: dict[str, tuple[Step, ...]] = {
+    "text and denoiser in fp8": (_step("layerwise_casting", components=(*_TEXT, *_DENOISER)), PLACEMENTS["resident"]),
+    "text in fp8, model_offload": (_step("layerwise_casting", components=_TEXT), PLACEMENTS["model_offload"]),
+    "text in fp8, sequential_offload": (_step("layerwise_casting", components=_TEXT), PLACEMENTS["sequential_offload"]),
+    "text and denoiser in fp8, leaf, streamed": (
+        _step("layerwise_casting", components=(*_TEXT, *_DENOISER)),
+        PLACEMENTS["leaf, streamed"],
+    ),
+    "text in fp8, block": (_step("layerwise_casting", components=_TEXT), PLACEMENTS["block"]),
+}
+"""Layers of text encoders in fewer bits."""
 
 _CASTINGS = (None, _step("layerwise_casting"), _step("layerwise_casting", storage="float8_e5m2"))
 _WAYS = ((), ("vae_tiling",), ("vae_slicing",), ("vae_slicing", "vae_tiling"))
@@ -108,15 +122,19 @@ the usual one. 32 for every other architecture."""
 _TILED = ("resident", "leaf, streamed")
 
 
+def every_cast(architectures: Iterable[str] | None = None) -> Iterator[Case]:
+    """Yield every architecture with its text encoders in fewer bits, under some placements."""
+    for name, steps in itertools.product(architectures or pipelines.ALL, CASTS.values()):
+        yield Case(architecture=name, steps=steps)
+
+
 def every_tile(architectures: Iterable[str] | None = None) -> Iterator[Case]:
     """Yield every architecture with its VAE in tiles that are smaller than the library's own, and a batch in slices."""
     for name, placement in itertools.product(architectures or pipelines.ALL, _TILED):
         tile, sizes = TILES.get(name, (32, {}))
-        tiled, is_batch = (
-            _step("vae_tiling", tile=tile),
-            placement != "resident" and "num_frames" not in _usual_call(name),
-        )
-        steps = (*((_step("vae_slicing"),) if is_batch else ()), tiled, PLACEMENTS[placement])
+        is_batch = placement != "resident" and "num_frames" not in _usual_call(name)
+        sliced = (_step("vae_slicing"),) if is_batch else ()
+        steps = (*sliced, _step("vae_tiling", tile=tile), PLACEMENTS[placement])
         more = {"num_images_per_prompt": 2} if is_batch else {}
         yield Case(architecture=name, steps=steps, call=FrozenDict(sizes | more))
 

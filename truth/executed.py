@@ -13,7 +13,7 @@ import torch
 from engine import optimizers
 from engine.dryrun import phases
 from engine.dryrun.record import no_collection
-from engine.estimate.placements import is_text_encoder
+from engine.facts.casting import is_text_encoder
 from engine.optimizers import placing
 from engine.optimizers.spec import Context
 from engine.run import stages
@@ -47,7 +47,7 @@ def executed(case: Case) -> Seen:
     run = _run_in_stages if any(s.name == STAGED for s in case.steps) else _run
     with torch.no_grad(), no_collection():
         watch = run(case, pipe, call, before)
-    return Seen(phases=tuple(watch.phases), pinned_bytes=device.counts().pinned_bytes)
+    return Seen(phases=tuple(watch.phases), pinned_bytes=watch.pinned_bytes)
 
 
 def _run(case: Case, pipe: Any, call: dict[str, Any], before: int) -> _Watch:
@@ -94,6 +94,7 @@ class _Watch:
         self.names = phases.Names(loaded=True)
         self.now = "load"
         self.resident: frozenset[str] = frozenset()
+        self.pinned_bytes = 0
 
     def enter(self, kind: str) -> None:
         name = self.names.entered(kind)
@@ -104,6 +105,7 @@ class _Watch:
 
     def close(self) -> None:
         peak = device.counts().peak_bytes - self.before
+        self.pinned_bytes = max(self.pinned_bytes, device.counts().pinned_peak_bytes)
         self.phases.append(Phase(name=self.now, peak_bytes=peak, resident=self.resident))
         device.reset_peak()
 

@@ -44,7 +44,8 @@ def predicted(case: Case, traced: Trace | None = None) -> Seen:
         )
         for p, slots in zip(stream.peaks(made, 1), made.present, strict=True)
     )
-    return Seen(phases=phases, pinned_bytes=placement.bytes_of(placement.pinned()))
+    in_turn = max(map(placement.bytes_of, placement.pinned_in_turn()), default=0)
+    return Seen(phases=phases, pinned_bytes=placement.bytes_of(placement.pinned()) + in_turn)
 
 
 def _names(along: Trace, placement: Placement) -> dict[int, list[str]]:

@@ -20,6 +20,7 @@ class Seen:
 
     phases: tuple[Phase, ...]
     pinned_bytes: int
+    """The most that the host has pinned at once."""
 
     @property
     def peak_bytes(self) -> int:

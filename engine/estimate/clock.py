@@ -21,7 +21,7 @@ from typing import Any
 from engine import gpus
 from engine.calibration import Calibration
 from engine.estimate import workspaces
-from engine.estimate.placements import DROP, EMPTY, FETCH, LOAD, STORE, WAIT, Placement, SequentialOffload
+from engine.estimate.placements import DROP, EMPTY, FETCH, LOAD, PIN, STORE, WAIT, Placement, SequentialOffload
 from engine.estimate.trace import BEGIN, END, KIND_BITS, KIND_MASK, PHASE, STEP, WORK, Trace, Work
 from engine.gpus import Rates
 from engine.values import FrozenDict, Gpu
@@ -329,6 +329,9 @@ def phases(trace: Trace, make: Callable[[], Placement], speed: Speeds, steps: in
                     host = device = now() + size / speed.to_device_bytes_per_s
                     if is_sequential:
                         host = device = now() + speed.tensor_fetch_s * len(move.slots)
+                elif move.verb == PIN:
+                    # The host copies, once the copies before are through: as fast as it does for a pageable transfer.
+                    host = max(host, copies) + size / speed.to_device_bytes_per_s
                 elif move.verb == FETCH:
                     host = max(host, copies) + group_s
                     copies = max(host, copies) + size / speed.pinned_bytes_per_s

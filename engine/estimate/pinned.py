@@ -12,6 +12,7 @@ the allocator and not counted, here as in `torch.cuda.host_memory_stats`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 
@@ -25,3 +26,15 @@ def pinned_bytes(sizes: Iterable[int], max_round_threshold_bytes: int | None = N
         is_rounded = size > 0 and (max_round_threshold_bytes is None or size <= max_round_threshold_bytes)
         total += 1 << (size - 1).bit_length() if is_rounded else size
     return total
+
+
+def pinned_in_turn_bytes(groups: Iterable[Iterable[int]]) -> int:
+    """Return the bytes of the blocks that groups of tensors take which are pinned one after another.
+
+    A group's blocks are free before the next one is pinned, and are kept for tensors that round to the same size: of
+    each size as many as one group wants.
+    """
+    most: Counter[int] = Counter()
+    for group in groups:
+        most |= Counter(pinned_bytes([size]) for size in group if size > 0)
+    return sum(size * count for size, count in most.items())

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from engine.estimate.trace import Trace, TracedComponent, TracedModule, Weight
+from engine.facts.casting import is_cast, is_text_encoder
 from engine.optimizers.spec import is_vae
 
-LOAD, FETCH, DROP, STORE, EMPTY, WAIT, STAGE = range(7)
+LOAD, FETCH, DROP, STORE, EMPTY, WAIT, STAGE, PIN = range(8)
 """
 LOAD   weights are copied to the device, and the host waits for it (from pageable memory)
 FETCH  the same on a stream of its own, from pinned memory, while the device computes; what is there is copied anew
@@ -23,6 +24,7 @@ DROP   weights are let go of; the host has kept its copy
 STORE  weights are copied back to the host and let go of
 EMPTY  the allocator's cache is emptied
 WAIT   the host waits for the stream of copies
+PIN    weights are copied into pinned memory, for the FETCH that follows
 STAGE  one stage of a run is over; the next such move says that the following one has been loaded
 """
 
@@ -54,6 +56,16 @@ class Casting:
 
     storage: str
     compute: str
+    components: tuple[str, ...] | None = None
+    """What is cast; None: what denoises."""
+
+    def acts_on(self, component: str, module: TracedModule) -> bool:
+        """Whether a component's module is kept in fewer bits."""
+        if self.components is not None and component not in self.components:
+            return False
+        if self.components is not None and is_text_encoder(component):
+            return module.is_layer and is_cast(module.path.partition(".")[2])
+        return module.is_castable
 
     def stored_bytes(self, weight: Weight) -> int:
         """Return a castable weight's bytes at rest."""
@@ -76,9 +88,13 @@ class Placement:
         """What is widened while a module computes, by its path."""
         self._slots: dict[int, int] = {}
         self._cast_slots: dict[int, Cast] = {}
-        for module in self._modules() if casting is not None else ():
-            if module.is_castable:
-                self.casts[module.path] = self._cast(module)
+        self._cast_all(trace.components)
+
+    def _cast_all(self, components: Iterable[TracedComponent]) -> None:
+        for component in components if self.casting is not None else ():
+            for module in component.modules:
+                if self.casting is not None and self.casting.acts_on(component.name, module):
+                    self.casts[module.path] = self._cast(module)
 
     def _cast(self, module: TracedModule) -> tuple[Cast, ...]:
         assert self.casting is not None
@@ -91,9 +107,6 @@ class Placement:
                     slot = self._slots[weight.storage] = self._new_slot(stored)
                 found.append(Cast(slot=slot, stored_bytes=stored, computed_bytes=self.casting.computed_bytes(weight)))
         return tuple(found)
-
-    def _modules(self) -> Iterator[TracedModule]:
-        return (m for c in self.trace.components for m in c.modules)
 
     def _new_slot(self, size_bytes: int) -> int:
         self.sizes.append(size_bytes)
@@ -128,6 +141,10 @@ class Placement:
 
     def pinned(self) -> tuple[int, ...]:
         """Return the slots of which the host holds a pinned copy for good."""
+        return ()
+
+    def pinned_in_turn(self) -> tuple[tuple[int, ...], ...]:
+        """Return the groups of slots of which the host makes a pinned copy each time they come, one after another."""
         return ()
 
     def brings_back(self, component: str) -> bool:
@@ -246,6 +263,7 @@ class Grouping:
     block_level: bool = False
     use_stream: bool = True
     blocks_per_group: int = 1
+    low_cpu_mem_usage: bool = False
 
 
 class GroupOffload(Placement):
@@ -262,7 +280,8 @@ class GroupOffload(Placement):
     With a stream the order of groups is learnt in a component's first forward. From its second on, a group fetches the
     next one before it computes, even if that is there already (a module that is called more than once); the component
     itself fetches the first. Until then, and where the order was not kept, a group comes by itself: on the same stream,
-    but waited for. The buffers of blocks and of torch's layers stay, once they have come with the stream; those of
+    but waited for. With `low_cpu_mem_usage` a group is pinned each time that it comes, and no pinned copy is kept. The
+    buffers of blocks and of torch's layers stay, once they have come with the stream; those of
     other modules go with the rest.
     """
 
@@ -295,7 +314,14 @@ class GroupOffload(Placement):
         left = sorted((n for n in self.how if self._is_left(n) or self.how[n] is None), key=self._is_left, reverse=True)
         for name in left:
             self.kept += self.slots(trace.component(name).moved())
-        pinned = (g for path, g in (*self.groups.items(), *self.never.items()) if self._is_streamed(path))
+        self.in_turn = {
+            n for n, how in self.how.items() if how is not None and how.use_stream and how.low_cpu_mem_usage
+        }
+        pinned = [
+            g
+            for path, g in (*self.groups.items(), *self.never.items())
+            if self._is_streamed(path) and _root(path) not in self.in_turn
+        ]
         self.all_slots = tuple(dict.fromkeys(s for group in pinned for s in group))
         self.order: dict[str, list[str]] = {}
         self.following: dict[str, str] = {}
@@ -345,6 +371,11 @@ class GroupOffload(Placement):
     def pinned(self) -> tuple[int, ...]:
         return self.all_slots
 
+    def pinned_in_turn(self) -> tuple[tuple[int, ...], ...]:
+        called = set(self.trace.paths)
+        streamed = [path for path in self.groups if self._is_streamed(path) and _root(path) in self.in_turn]
+        return tuple(self.groups[path] for path in streamed if path in called)
+
     def brings_back(self, component: str) -> bool:
         how = self.how[component]
         return how is not None and not how.use_stream
@@ -362,7 +393,7 @@ class GroupOffload(Placement):
             return
         self.here.add(path)
         if self._is_streamed(path):
-            yield Move(FETCH, self.groups[path])
+            yield from self._copy(path)
             yield _WAIT
         else:
             yield Move(LOAD, self.groups[path])
@@ -370,6 +401,11 @@ class GroupOffload(Placement):
     def _fetch(self, path: str) -> Iterator[Move]:
         """Bring a group ahead: nobody looks whether it is there."""
         self.here.add(path)
+        yield from self._copy(path)
+
+    def _copy(self, path: str) -> Iterator[Move]:
+        if _root(path) in self.in_turn:
+            yield Move(PIN, self.groups[path])
         yield Move(FETCH, self.groups[path])
 
     def _go(self, path: str) -> Iterator[Move]:
@@ -450,6 +486,7 @@ class StagedEncoding(Placement):
         self.casting = self.rest.casting
         # One numbering of slots for both: what the encoders have is added to what the rest has.
         self.sizes, self.casts, self._slots = self.rest.sizes, self.rest.casts, self.rest._slots
+        self._cast_all(encoders)
         self.encoders = {c.name: self.slots(c.moved()) for c in sorted(encoders, key=_name)}
         self.is_encoded = not encoders
         self.again: str | None = None
@@ -465,6 +502,9 @@ class StagedEncoding(Placement):
 
     def pinned(self) -> tuple[int, ...]:
         return self.rest.pinned()
+
+    def pinned_in_turn(self) -> tuple[tuple[int, ...], ...]:
+        return self.rest.pinned_in_turn()
 
     def acts_on(self, path: str) -> bool:
         return True  # whichever module is the first of the rest brings it
@@ -513,8 +553,3 @@ def _root(path: str) -> str:
 
 def _name(component: TracedComponent) -> str:
     return component.name
-
-
-def is_text_encoder(component: str) -> bool:
-    """Whether a component is a text encoder, by its name."""
-    return component.startswith("text_encoder")

@@ -13,7 +13,7 @@ from engine.calibration import Calibration
 from engine.estimate import allocator, clock, stream, workspaces
 from engine.estimate.bounds import HOST_BASE_BYTES
 from engine.estimate.clock import Speeds
-from engine.estimate.pinned import pinned_bytes
+from engine.estimate.pinned import pinned_bytes, pinned_in_turn_bytes
 from engine.estimate.placements import (
     Casting,
     Grouping,
@@ -23,13 +23,14 @@ from engine.estimate.placements import (
     Resident,
     SequentialOffload,
     StagedEncoding,
-    is_text_encoder,
     keeping,
 )
 from engine.estimate.stream import Stream, Taken
 from engine.estimate.trace import Trace, Work
 from engine.estimate.ways import way
+from engine.facts.casting import is_text_encoder
 from engine.optimizers import placing
+from engine.optimizers.spec import named
 from engine.values import Estimate, Gpu, HostBytes, Interval, Phase, Step
 
 MARGIN = 0.015
@@ -55,7 +56,11 @@ def _placed(trace: Trace, steps: Sequence[Step], dtype: str) -> Placement:
     casting = None
     if (cast := _step(steps, "layerwise_casting")) is not None:
         compute = cast.params["compute"]
-        casting = Casting(storage=cast.params["storage"], compute=dtype if compute == "auto" else compute)
+        casting = Casting(
+            storage=cast.params["storage"],
+            compute=dtype if compute == "auto" else compute,
+            components=named(cast),
+        )
     held = placing.holders(steps, [c.name for c in trace.components])
     resident = [n for n, s in held.items() if s.name == placing.RESIDENT]
     offload = next((s.name for s in held.values() if s.name != placing.RESIDENT), placing.RESIDENT)
@@ -81,6 +86,7 @@ def _groupings(steps: Sequence[Step], held: Mapping[str, Step]) -> dict[str, Gro
                 block_level=step.params["type"] == "block_level",
                 use_stream=step.params["use_stream"],
                 blocks_per_group=step.params["blocks_per_group"],
+                low_cpu_mem_usage=bool(step.params.get("low_cpu_mem_usage")),
             )
             found |= dict.fromkeys(names, how)
     return found
@@ -229,7 +235,8 @@ def host_bytes(trace: Trace, placement: Placement, stored: Mapping[str, str | No
 
     Weights that are stored in the dtype they are loaded in stay pages of their files, which can be dropped; converted
     ones are anonymous. What model and unstreamed group offload bring back from the device is anonymous too. Pinned
-    copies take the place of what they copy, rounded up to powers of two. Of two stages the larger counts.
+    copies take the place of what they copy, rounded up to powers of two; those that are made for each transfer are
+    beside it. Of two stages the larger counts.
     """
     inner = placement.inner
     pinned = set(placement.pinned())
@@ -250,6 +257,7 @@ def host_bytes(trace: Trace, placement: Placement, stored: Mapping[str, str | No
             else:
                 anonymous[is_first] += placement.sizes[slot]
     held = pinned_bytes(placement.sizes[s] for s in sorted(pinned))
+    held += pinned_in_turn_bytes([placement.sizes[s] for s in g] for g in placement.pinned_in_turn())
     if anonymous[True] > anonymous[False] + held:  # pinning comes with the second stage
         held = 0
     return HostBytes(

@@ -55,9 +55,20 @@ SPEC = Spec(
             about="blocks in a group at block level; a stream takes one",
             opens=True,
         ),
+        Param(
+            name="low_cpu_mem_usage",
+            kind="bool",
+            default=None,
+            about="with a stream: pin a group while it is copied, and keep no pinned copies; left out: keep them",
+            opens=True,
+        ),
     ),
 )
 load_arguments = nothing_to_load
+
+
+def _pins_in_turn(step: Step) -> bool:
+    return bool(step.params["use_stream"] and step.params.get("low_cpu_mem_usage"))
 
 
 def _grouped(pipe: Pipeline, step: Step) -> dict[str, Any]:
@@ -98,6 +109,7 @@ def apply(pipe: Pipeline, step: Step, context: Context) -> None:
         "offload_type": step.params["type"],
         "num_blocks_per_group": step.params["blocks_per_group"] if is_block else None,
         "use_stream": step.params["use_stream"],
+        "low_cpu_mem_usage": _pins_in_turn(step),
     }
     for module in targets.values():
         if hasattr(module, "enable_group_offload"):
@@ -109,9 +121,14 @@ def apply(pipe: Pipeline, step: Step, context: Context) -> None:
             module.to(context.device)
 
 
-def _has_hook(module: Any) -> bool:
+def _hooks(module: Any) -> list[Any]:
     registries = (getattr(m, "_diffusers_hook", None) for m in module.modules())
-    return any(r is not None and r.get_hook(HOOK) is not None for r in registries)
+    hooks = (None if r is None else r.get_hook(HOOK) for r in registries)
+    return [h for h in hooks if h is not None]
+
+
+def _has_hook(module: Any) -> bool:
+    return bool(_hooks(module))
 
 
 def _is_moved(module: Any) -> bool:
@@ -123,4 +140,10 @@ def verify(pipe: Pipeline, step: Step, context: Context) -> str:
     bare = [n for n, m in targets.items() if not _has_hook(m)]
     if bare:
         raise NotApplied("group_offload", f"{names(bare)} has no group-offloading hook")
-    return f"{names(targets)} in groups, {step.params['type']}{', streamed' if step.params['use_stream'] else ''}"
+    streamed = ", streamed" if step.params["use_stream"] else ""
+    if _pins_in_turn(step):
+        copies = (c for m in targets.values() for h in _hooks(m) for c in h.group.cpu_param_dict.values())
+        if any(c.is_pinned() for c in copies):
+            raise NotApplied("group_offload", "there are pinned copies, and low_cpu_mem_usage keeps none")
+        streamed += ", pinned one after another"
+    return f"{names(targets)} in groups, {step.params['type']}{streamed}"

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 from engine import optimizers
 from engine.errors import IncompatibleError, UsageError
-from engine.optimizers.spec import is_vae
+from engine.optimizers.spec import is_vae, named
 from engine.values import FrozenDict, Step
 from engine.words import did_you_mean, listing
 
@@ -26,31 +26,19 @@ def placements(steps: Iterable[Step]) -> tuple[Step, ...]:
     return tuple(s for s in steps if optimizers.spec(s.name).is_placement)
 
 
-def named(step: Step) -> tuple[str, ...] | None:
-    """Return the components that a placement names; None: it holds the rest. Raises: UsageError, while that is open."""
-    components = step.params.get("components")
-    if components == "auto":
-        raise UsageError(
-            f"{step.name}: which components it holds is open",
-            "auto is for profiles, where the solver decides",
-            "name the components, or leave them out for all the rest",
-        )
-    return None if components is None else tuple(components)
-
-
 def rest(steps: Iterable[Step]) -> Step | None:
     """Return the placement that holds every component that no other one names. None: `resident` does, by default."""
     return next((s for s in placements(steps) if named(s) is None), None)
 
 
 def unknown(steps: Iterable[Step], components: Iterable[str]) -> tuple[str, ...]:
-    """Return the names in placements that are none of a model's components with weights."""
+    """Return the names in steps that are none of a model's components with weights."""
     known = set(components)
-    return tuple(dict.fromkeys(n for s in placements(steps) for n in named(s) or () if n not in known))
+    return tuple(dict.fromkeys(n for s in steps for n in named(s) or () if n not in known))
 
 
 def refuse_unknown(steps: Iterable[Step], components: Iterable[str]) -> None:
-    """Raises: UsageError, when a placement names what the model does not have, with the nearest right word."""
+    """Raises: UsageError, when a step names what the model does not have, with the nearest right word."""
     known = tuple(components)
     for name in unknown(steps, known):
         raise UsageError(

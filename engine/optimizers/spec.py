@@ -34,7 +34,9 @@ class Param:
 
     def json_schema(self) -> dict[str, Any]:
         """Return the parameter as a JSON Schema."""
-        base: dict[str, Any] = {"description": self.about, "default": self.default}
+        base: dict[str, Any] = {"description": self.about}
+        if self.default is not None:
+            base["default"] = self.default
         return base | ({"anyOf": [self._schema(), {"const": "auto"}]} if self.opens else self._schema())
 
     def _schema(self) -> dict[str, Any]:
@@ -57,17 +59,17 @@ class Param:
         """Return `value` if it is one this parameter can have. Raises: UsageError."""
         if self.opens and value == "auto":
             return value
+        if value is None and self.default is None:
+            return value
         if self.kind == "word":
             if value in self.choices:
                 return value
             raise UsageError(f"{owner}: {self.name} cannot be {value!r}", do=did_you_mean(str(value), self.choices))
         if self.kind == "names":
-            if value is None or _are_names(value):
-                return None if value is None else tuple(value)
+            if _are_names(value):
+                return tuple(value)
             do = "give a list of components' names, each once, such as [vae]"
             raise UsageError(f"{owner}: {self.name} cannot be {value!r}", do=do)
-        if value is None and self.default is None:
-            return value
         is_bool = isinstance(value, bool)
         most = _MOST.get(self.kind, 0)
         if is_bool if self.kind == "bool" else isinstance(value, int) and not is_bool and 1 <= value <= most:
@@ -185,13 +187,25 @@ def modules(pipe: Pipeline) -> dict[str, Any]:
     return {n: c for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
 
 
+def named(step: Step) -> tuple[str, ...] | None:
+    """Return the components that a step names; None where it names none. Raises: UsageError, while that is open."""
+    components = step.params.get("components")
+    if components == "auto":
+        raise UsageError(
+            f"{step.name}: which components it acts on is open",
+            "auto is for profiles, where the solver decides",
+            "name the components, or leave them out",
+        )
+    return None if components is None else tuple(components)
+
+
 def held(pipe: Pipeline, step: Step) -> dict[str, Any]:
     """Return the components with weights that a placement holds, by name: all of them where it names none.
 
     `engine.optimizers.placing.spread` names those of a step that holds the rest.
     """
-    named = step.params.get("components")
-    return {n: m for n, m in modules(pipe).items() if named is None or n in named}
+    wanted = named(step)
+    return {n: m for n, m in modules(pipe).items() if wanted is None or n in wanted}
 
 
 def left_out(pipe: Pipeline, step: Step) -> tuple[str, ...]:
