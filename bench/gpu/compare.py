@@ -58,7 +58,8 @@ class Run:
         if arch is None:
             return None
         major, _, minor = arch.partition(".")
-        return workspaces.context_bytes((int(major), int(minor)))
+        steps = () if self.plan is None else self.plan.optimizers
+        return workspaces.context_bytes((int(major), int(minor)), copies_aside=predict.copies_aside(steps))
 
     @property
     def first_phases(self) -> list[dict[str, Any]]:
@@ -81,11 +82,23 @@ class Run:
         return None if not of_card or before is None else max(of_card) - int(before)
 
     @property
+    def held_bytes(self) -> int | None:
+        """The most that the process was seen to hold on the card.
+
+        NVML is looked at some fifty times a second, and what was held for less may have been missed: the reserved
+        bytes' own peak, with the context that was seen at rest, is held as well.
+        """
+        seen, reserved, rest = self.nvml_bytes, self.peak_bytes("reserved"), self.measured.get("at_rest") or {}
+        if seen is None or reserved is None or rest.get("process_bytes") is None:
+            return seen
+        return max(seen, reserved + int(rest["process_bytes"]) - int(rest["reserved_bytes"]))
+
+    @property
     def device_bytes(self) -> int | None:
-        """What a card would need for this run as it went: NVML's figure, else the reserved bytes and a context."""
+        """What a card would need for this run as it went: what it held, else the reserved bytes and a context."""
         reserved, context = self.peak_bytes("reserved"), self.context_bytes
-        if self.nvml_bytes is not None:
-            return self.nvml_bytes
+        if self.held_bytes is not None:
+            return self.held_bytes
         return None if reserved is None or context is None else reserved + context
 
     @property
@@ -227,7 +240,7 @@ def points(found: Iterable[Run]) -> dict[str, list[Point]]:
                 _point(name, said.peak_allocated_bytes, run.peak_bytes("allocated"), span.low_bytes, span.high_bytes),
             ),
             ("reserved", _point(name, said.peak_reserved_bytes, run.peak_bytes("reserved"))),
-            ("device", _point(name, said.device_bytes, run.nvml_bytes)),
+            ("device", _point(name, said.device_bytes, run.held_bytes)),
             ("host", _point(name, host, (run.measured.get("host") or {}).get("peak_bytes"))),
             ("pinned", _point(name, said.host.pinned_bytes or None, run.measured["host"]["pinned_bytes"])),
             ("seconds", _point(name, said.seconds, run.seconds, span.low_seconds, span.high_seconds)),

@@ -41,14 +41,14 @@ def outlook(case: Case, hardware: Hardware, told: Callable[[str], None] | None =
     (card, *_) = hardware.gpus
     if case.budget_bytes is not None and card.total_bytes is not None and case.budget_bytes > card.total_bytes:
         return Outlook(status="skipped", because=f"the card has {format_size(card.total_bytes)}")
-    context = 0 if card.compute_capability is None else workspaces.context_bytes(card.compute_capability)
     if case.kind == "recipe":
         assert case.budget_bytes is not None
-        return Outlook(cap_bytes=max(1, case.budget_bytes - context))
+        return Outlook(cap_bytes=max(1, case.budget_bytes - _context_bytes(card)))
     try:
         plan = plan_of(case, hardware, told)
     except DgRunError as error:
         return Outlook(status="skipped", because=" ".join(str(error).split()))
+    context = _context_bytes(card, plan.optimizers)
     if case.kind == "chosen":
         assert case.budget_bytes is not None
         if plan.fits is False:
@@ -64,6 +64,17 @@ def outlook(case: Case, hardware: Hardware, told: Callable[[str], None] | None =
         return Outlook(plan=plan, status="skipped", because="what it requires is not known")
     allowed = round(required * (1 + (case.margin or 0.0)))
     return Outlook(plan=plan, cap_bytes=max(1, allowed - context))
+
+
+def _context_bytes(card: Gpu, steps: Sequence[Step] = ()) -> int:
+    """Return what the context is said to take, which the allocator's limit does not count."""
+    capability = card.compute_capability
+    return 0 if capability is None else workspaces.context_bytes(capability, copies_aside=copies_aside(steps))
+
+
+def copies_aside(steps: Sequence[Step]) -> bool:
+    """Whether weights are copied on a stream of their own."""
+    return any(s.name == "group_offload" and s.params["use_stream"] for s in steps)
 
 
 def _machine(case: Case, hardware: Hardware, told: Callable[[str], None] | None) -> Outlook:
