@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from unittest import mock
 
 from bench.gpu import predict
 from bench.gpu.matrix import Case
-from engine import facts, optimizers
+from engine import facts, optimizers, versions
 from engine.errors import DgRunError
 from engine.estimate import workspaces
 from engine.plan import Plan
@@ -184,10 +186,22 @@ def _run(record: dict[str, Any], anew: bool) -> Run:
     plan = None if record.get("plan") is None else Plan.from_json(json.dumps(record["plan"]), f"record {record['id']}")
     if anew and plan is not None and case.kind in ("exact", "required"):
         try:
-            plan = predict.plan_of(case, plan.hardware)
+            with _libraries_of(record):
+                plan = predict.plan_of(case, plan.hardware)
         except DgRunError:
             plan = None
     return Run(record, case, plan)
+
+
+@contextlib.contextmanager
+def _libraries_of(record: dict[str, Any]) -> Iterator[None]:
+    """Let workspaces be those of the versions of torch and cuDNN that a record was measured with."""
+    used = record["machine"]["versions"]
+    torch = tuple(int(n) for n in used["torch"].split(".")[:2])
+    number = int(used["cudnn"]) if "cudnn" in used else None  # 91900 is 9.19.0
+    cudnn = None if number is None else (number // 10_000, number // 100 % 100, number % 100)
+    with mock.patch.object(versions, "torch", lambda: torch), mock.patch.object(versions, "cudnn", lambda: cudnn):
+        yield
 
 
 @cache

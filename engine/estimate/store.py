@@ -159,6 +159,7 @@ def case(
         request.steps,
         sorted(request.components),
         dict(stored),
+        versions.torch(),
         versions.cudnn(),
         calibration,
     ]
