@@ -56,12 +56,19 @@ class Run:
     @property
     def context_bytes(self) -> int | None:
         """What the CUDA context is said to take on this card."""
+        if self.capability is None:
+            return None
+        steps = () if self.plan is None else self.plan.optimizers
+        return workspaces.context_bytes(self.capability, copies_aside=predict.copies_aside(steps))
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """The card's compute capability."""
         arch = (self.record["machine"].get("gpu") or {}).get("arch")
         if arch is None:
             return None
         major, _, minor = arch.partition(".")
-        steps = () if self.plan is None else self.plan.optimizers
-        return workspaces.context_bytes((int(major), int(minor)), copies_aside=predict.copies_aside(steps))
+        return int(major), int(minor)
 
     @property
     def first_phases(self) -> list[dict[str, Any]]:
@@ -94,6 +101,15 @@ class Run:
         if seen is None or reserved is None or rest.get("process_bytes") is None:
             return seen
         return max(seen, reserved + int(rest["process_bytes"]) - int(rest["reserved_bytes"]))
+
+    @property
+    def host_bytes(self) -> int | None:
+        """The most of the host's memory that the process had, less what the C library only keeps of what was freed."""
+        host = self.measured.get("host") or {}
+        if host.get("peak_bytes") is None:
+            return None
+        kept = 0 if host.get("trimmed_bytes") is None else int(host["anonymous_bytes"]) - int(host["trimmed_bytes"])
+        return int(host["peak_bytes"]) - kept
 
     @property
     def device_bytes(self) -> int | None:
@@ -255,7 +271,7 @@ def points(found: Iterable[Run]) -> dict[str, list[Point]]:
             ),
             ("reserved", _point(name, said.peak_reserved_bytes, run.peak_bytes("reserved"))),
             ("device", _point(name, said.device_bytes, run.held_bytes)),
-            ("host", _point(name, host, (run.measured.get("host") or {}).get("peak_bytes"))),
+            ("host", _point(name, host, run.host_bytes)),
             ("pinned", _point(name, said.host.pinned_bytes or None, run.measured["host"]["pinned_bytes"])),
             ("seconds", _point(name, said.seconds, run.seconds, span.low_seconds, span.high_seconds)),
         ):
@@ -269,6 +285,7 @@ class Summary:
     """How far predictions are off."""
 
     count: int
+    equal: int
     median: float
     p95: float
     too_low: int
@@ -282,6 +299,7 @@ def summary(of: Sequence[Point]) -> Summary:
     judged = [p for p in of if p.is_inside is not None]
     return Summary(
         count=len(of),
+        equal=sum(p.predicted == p.measured for p in of),
         median=statistics.median(sizes),
         p95=sizes[min(len(sizes) - 1, int(0.95 * len(sizes)))],
         too_low=sum(p.error < TOO_LOW for p in of),
