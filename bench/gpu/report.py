@@ -37,13 +37,16 @@ _DRY = (
 )
 
 
-def page(records: Sequence[dict[str, Any]], *, anew: bool = False) -> str:
-    """Return the report of some records, a part for each machine. `anew` predicts with this dg-run."""
+def page(records: Sequence[dict[str, Any]], *, anew: bool = False, brief: bool = False) -> str:
+    """Return the report of some records, a part for each machine. `anew` predicts with this dg-run.
+
+    `brief` leaves out what is no prediction of a run, and single phases.
+    """
     lines = ["# Measured on GPUs", ""]
     if not records:
         lines += ["Nothing has been measured.", ""]
     for machine, own in _by_machine(records):
-        lines += _machine_part(machine, compare.runs(own, anew=anew), anew)
+        lines += _machine_part(machine, compare.runs(own, anew=anew), anew, brief)
     return "\n".join(lines)
 
 
@@ -58,7 +61,7 @@ def _by_machine(records: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any],
     return found
 
 
-def _machine_part(machine: dict[str, Any], runs: list[Run], anew: bool) -> list[str]:
+def _machine_part(machine: dict[str, Any], runs: list[Run], anew: bool, brief: bool) -> list[str]:
     used = ", ".join(f"{n} {v}" for n, v in machine["versions"].items())
     revisions = ", ".join(sorted({str(r.record["machine"].get("revision")) for r in runs}))
     counts = {s: sum(r.status == s for r in runs) for s in dict.fromkeys(r.status for r in runs)}
@@ -72,11 +75,9 @@ def _machine_part(machine: dict[str, Any], runs: list[Run], anew: bool) -> list[
         + _calibrated(runs),
         "",
         *_predicted(runs),
-        *_phases(runs),
+        *(() if brief else _phases(runs)),
         *_required(runs),
-        *_regret(runs),
-        *_field(runs),
-        *_libraries(runs),
+        *(() if brief else (*_regret(runs), *_field(runs), *_libraries(runs))),
         *_rest(runs),
     ]
 
