@@ -132,7 +132,7 @@ def _run(given: argparse.Namespace) -> int:
     if nursery is not None:
         nursery.start()  # it imports while the card is asked
     try:
-        torch_says = runner.greet(given.dry, uuid, asked=nursery and nursery.ask)
+        torch_says = runner.greet(given.dry, uuid, asked=None if nursery is None else nursery.ask)
     except HardwareError as error:
         if nursery is None:
             raise
@@ -153,7 +153,7 @@ def _run(given: argparse.Namespace) -> int:
                 dry=given.dry,
                 retry=given.retry,
                 told=_say,
-                asked=nursery and nursery.ask,
+                asked=None if nursery is None else nursery.ask,
                 outlooks=outlooks,
             )
     finally:

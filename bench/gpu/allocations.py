@@ -32,10 +32,10 @@ class _Marks:
     def __init__(self) -> None:
         self.begun: list[tuple[str, int]] = []
 
-    def enter(self, name: str) -> None:
-        if not self.begun or self.begun[-1][0] != name:
+    def enter(self, kind: str) -> None:
+        if not self.begun or self.begun[-1][0] != kind:
             torch.cuda.synchronize()
-            self.begun.append((name, time.time_ns() // 1000))
+            self.begun.append((kind, time.time_ns() // 1000))
 
     def step(self) -> None:
         pass

@@ -17,6 +17,7 @@ from bench.gpu import runner
 from bench.gpu.case import Order, unnamed
 from bench.gpu.runner import Answer
 
+_MODULE = "bench.gpu.nursery"
 _START_S = 240.0
 _GRACE_S = 120.0
 """Beside a case's own time: for building its model."""
@@ -35,7 +36,7 @@ class Nursery:
         """Start the process, and let it import while something else is done."""
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "bench.gpu.nursery"],
+                [sys.executable, "-m", _MODULE],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._said,

@@ -102,7 +102,8 @@ def _context(device: Device, sampler: Sampler) -> Iterator[dict[str, Any]]:
 
 def _copied_aside(pinned: torch.Tensor, kind: str) -> torch.Tensor:
     """Return what a stream of its own has copied, as group offload does."""
-    with torch.cuda.stream(torch.cuda.Stream()):
+    aside: Any = torch.cuda.Stream  # it has no types
+    with torch.cuda.stream(aside()):
         return pinned.to(kind, non_blocking=True)
 
 

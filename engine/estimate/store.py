@@ -174,6 +174,7 @@ def card_key(gpu: Gpu, request: Request, stored: Mapping[str, str | None], calib
         request.steps,
         sorted(request.components),
         dict(stored),
+        versions.torch(),
         versions.cudnn(),
         calibration,
     ]

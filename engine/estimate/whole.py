@@ -117,7 +117,7 @@ def estimate(
     usual = stream.build(along, make(), takes)
     reserved = allocator.replay(usual.events, usual.sizes, marks=[i for i, _ in usual.marks], aside=usual.aside)
     required = allocator.required_bytes(usual.events, usual.sizes, frozenset(usual.optional), aside=usual.aside)
-    context = workspaces.context_bytes(capability, calibration)
+    context = workspaces.context_bytes(capability, calibration, copies_aside=bool(usual.aside))
     host = host_bytes(along, make(), stored, dtype)
     by_host = {h: clock.speeds(gpu, h, calibration) for h in ("low", "value", "high")}
     seconds = _seconds(along, make, by_host, along.usual_steps if denoising_steps is None else denoising_steps)

@@ -44,11 +44,17 @@ def _by_capability(table: dict[str, Any], capability: tuple[int, int]) -> Any:
     return table[lower[-1] if lower else known[0][1]]
 
 
-def context_bytes(capability: tuple[int, int], calibration: Calibration | None = None) -> int:
-    """Return what a process takes on a card before any tensor: the CUDA context and its kernels."""
+def context_bytes(
+    capability: tuple[int, int], calibration: Calibration | None = None, *, copies_aside: bool = False
+) -> int:
+    """Return what a process takes on a card before any tensor: the CUDA context and its kernels.
+
+    `copies_aside` says that weights are copied on a stream of their own, for which the driver takes more.
+    """
+    aside = int(_libraries()["side_stream_bytes"]["value"]) if copies_aside else 0
     if calibration is not None and calibration.context_bytes is not None:
-        return calibration.context_bytes
-    return int(_by_capability(_libraries()["context_bytes"], capability)["value"])
+        return calibration.context_bytes + aside
+    return int(_by_capability(_libraries()["context_bytes"], capability)["value"]) + aside
 
 
 def taken(
@@ -100,20 +106,24 @@ def convolution_bytes(work: Work, capability: tuple[int, int], calibration: Cali
     """Return the workspace of cuDNN's first choice for a convolution of planar tensors."""
     if is_product(work, capability):
         return 0
-    return converted_bytes(work, converts(_kind(work.dtype), capability, calibration))
+    kind = _kind(work.dtype)
+    few = _by_capability(_libraries()["convolution"]["few_channels"], capability)
+    names = few[kind] if work.dims[1] <= few["most"] else converts(kind, capability, calibration)
+    return converted_bytes(work, names)
 
 
 def is_product(work: Work, capability: tuple[int, int]) -> bool:
     """Whether cuDNN computes a convolution as a product of matrices over the planar tensors as they are.
 
-    Such a one has filters of one pixel and no stride, and planes of whole 16 bytes, which the product's loads want.
+    Such a one has filters of one pixel and no stride. The products of half precision load whole 16 bytes.
     """
-    if not _by_capability(_libraries()["convolution"]["pointwise"], capability)["is_product"]:
-        return False
     per_dimension = (len(work.dims) - 5) // 5
     size_in, kernel, stride = (work.dims[5 + i * per_dimension : 5 + (i + 1) * per_dimension] for i in range(3))
-    is_plain = work.dims[3:5] == (1, 0) and max(kernel) == max(stride) == 1
-    return is_plain and math.prod(size_in) * _ITEM_BYTES.get(work.dtype, 1) % _CHANNELS_BYTES == 0
+    if work.dims[3:5] != (1, 0) or max(kernel) > 1 or max(stride) > 1:
+        return False
+    products = _by_capability(_libraries()["convolution"]["pointwise"], capability)["product"]
+    is_whole = math.prod(size_in) * _ITEM_BYTES.get(work.dtype, 1) % _CHANNELS_BYTES == 0
+    return work.dtype in products or (is_whole and "whole" in products)
 
 
 def _kind(dtype: str) -> str:
@@ -156,8 +166,7 @@ def converted_bytes(work: Work, names: Sequence[str]) -> int:
     """Return the bytes of a convolution's tensors ("input", "output") as channels-last, with the filters where any is.
 
     Nothing is taken where there is no such plan: depthwise convolutions, which torch computes itself, and outputs of
-    2^31 elements and more. The latter is inferred, and no source says so: FLUX.1-dev's decoder at batch 8 would else
-    need 3 GiB more than was measured at its largest convolution.
+    2^31 elements and more before cuDNN could count so many.
     """
     batch, channels_in, channels_out, groups, _ = work.dims[:5]
     per_dimension = (len(work.dims) - 5) // 5
@@ -166,7 +175,7 @@ def converted_bytes(work: Work, names: Sequence[str]) -> int:
     item = _ITEM_BYTES.get(work.dtype)
     if item is None or not names or (groups > 1 and groups == channels_in):
         return 0
-    if batch * channels_out * size_out > _INDEX_MAX:
+    if batch * channels_out * size_out > _INDEX_MAX and not _counts_beyond():
         return 0
     kernel = math.prod(work.dims[5 + per_dimension : 5 + 2 * per_dimension])
     padded_in, padded_out = (_padded(channels, item) for channels in (channels_in, channels_out))
@@ -177,6 +186,18 @@ def converted_bytes(work: Work, names: Sequence[str]) -> int:
     # Filters of one pixel are the same in both layouts.
     filters = padded_in * padded_out // groups * kernel * item if kernel > 1 else 0
     return sum(sizes[name] for name in names) + filters
+
+
+def output_bytes(work: Work) -> int:
+    """Return the bytes of a convolution's output."""
+    per_dimension = (len(work.dims) - 5) // 5
+    return work.dims[0] * work.dims[2] * math.prod(work.dims[-per_dimension:]) * _ITEM_BYTES.get(work.dtype, 4)
+
+
+def _counts_beyond() -> bool:
+    """Whether cuDNN takes tensors of 2^31 elements. A cuDNN that is not seen is taken to be a recent one."""
+    version = versions.cudnn()
+    return version is None or version >= tuple(_libraries()["convolution"]["large"]["below_cudnn"])
 
 
 def _padded(channels: int, item_bytes: int) -> int:
@@ -194,7 +215,7 @@ def attention_bytes(work: Work, capability: tuple[int, int], multiprocessors: in
     """
     batch, heads, queries, keys, width, kernel = work.dims
     is_half = _ITEM_BYTES.get(work.dtype) == 2
-    if is_half and width % 8 == 0 and width <= 256 and _cudnn_attends(capability):
+    if is_half and width % 8 == 0 and width <= 256 and cudnn_attends(capability):
         return 0
     if kernel == 1 and capability >= (8, 0):
         splits = 1 if multiprocessors is None else _flash_splits(batch * heads, queries, keys, width, multiprocessors)
@@ -202,7 +223,7 @@ def attention_bytes(work: Work, capability: tuple[int, int], multiprocessors: in
     return batch * heads * queries * width * 4 if is_half and width > 128 else 0
 
 
-def _cudnn_attends(capability: tuple[int, int]) -> bool:
+def cudnn_attends(capability: tuple[int, int]) -> bool:
     """Whether torch prefers cuDNN's attention: executed (`truth/phantom`) on 9.0, with cuDNN 9.15.1 and not with 9.10.
 
     That 10.0 is as 9.0 is recalled. A cuDNN that is not seen is taken to be a recent one.

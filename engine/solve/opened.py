@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
 from engine import optimizers
-from engine.estimate.placements import is_text_encoder
+from engine.facts.casting import is_text_encoder
 from engine.optimizers import dtype
 from engine.solve.situation import Situation
 from engine.values import FrozenDict, Step
