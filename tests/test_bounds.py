@@ -36,12 +36,16 @@ PLACEMENTS = {
     "leaves": [_step("group_offload", use_stream=False)],
     "blocks, streamed": [_step("group_offload", type="block_level")],
     "four blocks": [_step("group_offload", type="block_level", use_stream=False, blocks_per_group=4)],
+    "leaves, pinned as they come": [_step("group_offload", low_cpu_mem_usage=True)],
+    "VAE resident, leaves": [_step("resident", components=["vae"]), _step("group_offload")],
+    "VAE resident, model": [_step("resident", components=["vae"]), _step("model_offload")],
     "staged": [_step("staged_encoding"), _step("resident")],
     "staged, leaves": [_step("staged_encoding"), _step("group_offload")],
 }
 BESIDE = {
     "plain": [],
     "cast": [_step("layerwise_casting")],
+    "text encoders cast too": [_step("layerwise_casting", components=["transformer", "unet", "text_encoder"])],
     "tiled": [_step("vae_tiling")],
     "cast and tiled": [_step("layerwise_casting"), _step("vae_tiling")],
 }

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from engine.estimate.clock import Speeds
-from engine.estimate.placements import ITEM_BYTES
+from engine.estimate.placements import ITEM_BYTES, Casting
 from engine.estimate.trace import BEGIN, BORN, DIED, END, GONE, KIND_BITS, KIND_MASK, STEP, Trace, TracedComponent
 from engine.facts.casting import is_text_encoder
 from engine.optimizers import placing
@@ -50,7 +50,7 @@ class Part:
 
     def at_rest_bytes(self, storage: str | None) -> int:
         """Return its weights' bytes, castable ones kept in `storage` (None: nothing is cast)."""
-        if storage is None or not self.castable_bytes:
+        if storage is None:
             return self.weights_bytes
         return self.weights_bytes - self.castable_bytes + self.castable_items * ITEM_BYTES[storage]
 
@@ -114,10 +114,14 @@ class Bounds:
             )
         cast = next((s for s in steps if s.name == "layerwise_casting"), None)
         storage = None if cast is None else str(cast.params["storage"])
+        named = None if cast is None else cast.params.get("components")
         is_staged = any(s.name == "staged_encoding" for s in steps)
-        sums = _Sums(storage, self._further(denoising_steps))
+        sums = _Sums(self._further(denoising_steps))
         for name, step in placing.holders(steps, self.parts).items():
-            sums.add(name, self.parts[name], step, is_encoder=is_staged and is_text_encoder(name))
+            is_encoder = is_text_encoder(name)
+            # Unless they are named, text encoders are left as they are.
+            is_cast = not is_encoder if named is None else name in named
+            sums.add(name, self.parts[name], step, storage if is_cast else None, is_alone=is_staged and is_encoder)
         peak = max(sums.alone_bytes, sums.kept_bytes + max(sums.working_bytes, self.between_bytes))
         seconds = computing_s
         if seconds is not None and speed is not None:
@@ -139,8 +143,7 @@ class Bounds:
 class _Sums:
     """Adds up what components take under the placement that holds each."""
 
-    def __init__(self, storage: str | None, further_steps: int) -> None:
-        self.storage = storage
+    def __init__(self, further_steps: int) -> None:
         self.further = further_steps
         self.kept_bytes = 0  # on the device for good
         self.working_bytes = 0  # the most beside it, while a component computes
@@ -149,9 +152,10 @@ class _Sums:
         self.pageable_bytes = 0
         self.streamed_bytes = 0
 
-    def add(self, name: str, part: Part, step: Step, *, is_encoder: bool) -> None:
-        at_rest = part.at_rest_bytes(self.storage)
-        if is_encoder:
+    def add(self, name: str, part: Part, step: Step, storage: str | None, *, is_alone: bool) -> None:
+        """Add a component that `step` holds, its castable weights kept in `storage`."""
+        at_rest = part.at_rest_bytes(storage)
+        if is_alone:
             self.alone_bytes += at_rest
             return
         match self._way(name, part, step):
@@ -168,16 +172,16 @@ class _Sums:
             case "group":
                 # What is in no block comes as a whole, without the stream.
                 rest = part.unmatched_bytes if step.params["type"] == "block_level" else 0
-                if self.storage is not None:
+                if storage is not None:
                     rest = 0  # how much of it is cast is not told
                 self._works(part.activations_bytes + (rest if part.passes else 0))
                 if step.params["use_stream"]:
                     # The first pass learns the order, and what is fetched last may not be waited for.
                     self.streamed_bytes += self._passing(part, at_rest - rest, -2)
                     self.pageable_bytes += self._passing(part, rest, 0)
-                    self.host_bytes += max(
-                        0, at_rest - (0 if step.params["type"] == "leaf_level" else part.unmatched_bytes)
-                    )
+                    if not step.params.get("low_cpu_mem_usage"):  # else it is pinned while it is copied
+                        blocks = step.params["type"] == "block_level"
+                        self.host_bytes += max(0, at_rest - (part.unmatched_bytes if blocks else 0))
                 else:
                     self.pageable_bytes += self._passing(part, at_rest, 0)
                     self.host_bytes += at_rest
@@ -263,7 +267,9 @@ def _part(
     trace: Trace, component: TracedComponent, held: int, counts: Mapping[int, int], last_step: Mapping[int, int]
 ) -> Part:
     weights = component.weights()
-    castable = {w.storage: w for m in component.modules if m.is_castable for w in m.weights if w.dtype in ITEM_BYTES}
+    casting = Casting(storage="float8_e4m3fn", compute="float32", components=(component.name,))
+    cast = [m for m in component.modules if casting.acts_on(component.name, m)]
+    castable = {w.storage: w for m in cast for w in m.weights if w.dtype in ITEM_BYTES}
     blocks = tuple(b + "." for several in component.blocks for b in several)
     outside = {
         w.storage: w for m in component.modules if not (m.path + ".").startswith(blocks or ("\0",)) for w in m.weights
