@@ -106,6 +106,17 @@ def ids() -> torch.Tensor:
     return torch.randint(3, 900, (1, 8), generator=torch.Generator().manual_seed(0))
 
 
+def lora(module: Any) -> dict[str, torch.Tensor]:
+    """Return the weights of a LoRA for a pipeline's transformer, as they are loaded."""
+    noise = torch.Generator().manual_seed(1)
+    made = {}
+    for name, layer in module.named_modules():
+        if name.endswith(("to_q", "to_v")):
+            made[f"transformer.{name}.lora_A.weight"] = torch.randn(4, layer.in_features, generator=noise)
+            made[f"transformer.{name}.lora_B.weight"] = torch.randn(layer.out_features, 4, generator=noise)
+    return made
+
+
 def nbytes(module: Any) -> int:
     """Return the bytes of a module's weights."""
     return sum(p.nbytes for p in module.parameters())

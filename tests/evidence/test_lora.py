@@ -13,22 +13,12 @@ from truth import pipelines
 pytest.importorskip("peft")
 
 
-def _weights(module: Any) -> dict[str, torch.Tensor]:
-    noise = torch.Generator().manual_seed(1)
-    made = {}
-    for name, layer in module.named_modules():
-        if name.endswith(("to_q", "to_v")):
-            made[f"transformer.{name}.lora_A.weight"] = torch.randn(4, layer.in_features, generator=noise)
-            made[f"transformer.{name}.lora_B.weight"] = torch.randn(layer.out_features, 4, generator=noise)
-    return made
-
-
 def _drawn(*steps: str) -> Any:
     pipe, call = pipelines.made("sd3")
     for step in steps:
         match step:
             case "lora":
-                pipe.load_lora_weights(_weights(pipe.transformer))
+                pipe.load_lora_weights(small.lora(pipe.transformer))
             case "fuse_lora":
                 pipe.fuse_lora()
             case "fp8":

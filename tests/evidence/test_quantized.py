@@ -105,25 +105,16 @@ def test_what_quanto_does_not_take() -> None:
         small.cast(module)
 
 
-def _lora(module: Any) -> dict[str, torch.Tensor]:
-    return {
-        f"transformer.{n}.lora_{side}.weight": torch.full(size, 0.1)
-        for n, layer in module.named_modules()
-        if n.endswith("to_q")
-        for side, size in (("A", (4, layer.in_features)), ("B", (layer.out_features, 4)))
-    }
-
-
 @pytest.mark.rule("quanto-or-lora-on-flux", "quanto-or-fused-lora")
 def test_a_lora_on_quanto() -> None:
     pytest.importorskip("peft")
     pipe, _ = pipelines.made("flux")
-    weights = _lora(pipe.transformer)
+    weights = small.lora(pipe.transformer)
     quanto(pipe.transformer)
     with pytest.raises(KeyError):
         pipe.load_lora_weights(weights)
     pipe, call = pipelines.made("sd3")
-    weights = _lora(pipe.transformer)
+    weights = small.lora(pipe.transformer)
     quanto(pipe.transformer)
     plain = small.draw(pipe, call)
     pipe.load_lora_weights(weights)
@@ -142,7 +133,7 @@ def test_gguf(counted: torch.device, placed: str) -> None:
 def test_a_lora_is_not_fused_into_gguf() -> None:
     pytest.importorskip("peft")
     pipe, _ = pipelines.made("sd3")
-    weights = _lora(pipe.transformer)
+    weights = small.lora(pipe.transformer)
     gguf(pipe.transformer)
     pipe.load_lora_weights(weights)
     with pytest.raises(RuntimeError, match="size"):
