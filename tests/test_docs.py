@@ -112,7 +112,7 @@ def test_what_is_assumed_of_cards_is_said_to_be() -> None:
     for name in ("speeds.json", "libraries.json"):
         content = json.loads((ROOT / "engine" / "gpus" / name).read_text(encoding="utf-8"))
         found |= {key for key, entry in content.items() if '"evidence": "assumed' in json.dumps(entry)}
-    assert found == {"tensor_fetch_s", "convolution_share", "group_s"}
+    assert found == {"convolution_share", "group_s"}
     assert all(f"| `{name}`" in text for name in found)
 
 
