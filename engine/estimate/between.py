@@ -67,4 +67,19 @@ def within(estimate: Estimate, budget_bytes: int | None) -> Estimate:
     if over <= 0:
         return estimate
     peak = min(estimate.peak_allocated_bytes or 0, reserved - over)
-    return replace(estimate, device_bytes=device - over, peak_reserved_bytes=reserved - over, peak_allocated_bytes=peak)
+    return replace(
+        estimate,
+        device_bytes=device - over,
+        peak_reserved_bytes=reserved - over,
+        peak_allocated_bytes=peak,
+        phases=tuple(_capped(p, peak) for p in estimate.phases),
+    )
+
+
+def _capped(phase: Phase, most_bytes: int) -> Phase:
+    """Return a phase that holds no more than this: workspaces are what is given up."""
+    over = (phase.peak_bytes or 0) - most_bytes
+    if over <= 0:
+        return phase
+    left = None if phase.workspace_bytes is None else max(0, phase.workspace_bytes - over)
+    return replace(phase, peak_bytes=most_bytes, workspace_bytes=left)

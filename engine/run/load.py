@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from engine import facts, optimizers
@@ -13,7 +14,9 @@ from engine.optimizers.spec import Context, NotApplied, modules
 from engine.plan import Plan
 from engine.run import device, interrupt, lock, progress
 from engine.run.progress import Progress, Quiet
-from engine.values import Step
+from engine.values import Rejection, Step
+
+_MOST_TOLD = 3
 
 
 def load(plan: Plan, told: Progress | None = None, *, debug: bool = False) -> Any:
@@ -44,10 +47,16 @@ def refuse_unfit(plan: Plan) -> None:
     if plan.fits is False:
         raise NothingFitsError(
             f"nothing fits for {plan.request.model} on this machine",
-            "; ".join(f"{r.profile}: {r.because}" for r in plan.rejected),
+            "; ".join(f"{r.profile}: {r.because}" for r in nearest(plan.rejected)),
             "free VRAM, ask for less (--height, --width), or run without the card (--device cpu)"
             + ("; --force runs the list all the same" if plan.request.exact else ""),
         )
+
+
+def nearest(rejections: Sequence[Rejection]) -> list[Rejection]:
+    """Return the few that came nearest to fitting; those of a profile as a whole where nothing else is said."""
+    short = sorted((r for r in rejections if r.rule.startswith("estimate.")), key=lambda r: r.short_bytes or 0)
+    return list(short[:_MOST_TOLD] or rejections[: 2 * _MOST_TOLD])
 
 
 def context(plan: Plan) -> Context:
