@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
 from engine import optimizers
+from engine.facts import attention
 from engine.facts.casting import is_text_encoder
 from engine.optimizers import dtype
 from engine.solve.situation import Situation
@@ -46,6 +47,8 @@ def _of(optimizer: str, name: str, situation: Situation) -> Iterable[object]:
             return _BLOCKS
         case "vae_tiling", "tile":
             return (None, *situation.model.tiles(situation.request.height, situation.request.width))
+        case "layerwise_casting", "components":
+            return (_computing(situation.sizes(dtypes(situation)[0])),)
         case _, "components":
             sizes = situation.sizes(dtypes(situation)[0])
             return _smallest(sizes) if optimizer == "resident" else _largest(sizes)
@@ -69,6 +72,16 @@ def dtypes(situation: Situation) -> tuple[str, ...]:
         return ("float32",)
     usual = dtype.resolve_auto(situation.gpu.compute_capability)
     return (usual, "float32") if usual == "float16" else (usual,)
+
+
+def _computing(sizes: Mapping[str, int]) -> tuple[str, ...] | None:
+    """Return what is worth being kept in fewer bits: what denoises, and the text encoders that are large beside others.
+
+    None where sizes are not known: then what denoises.
+    """
+    largest = max((size for name, size in sizes.items() if is_text_encoder(name)), default=0)
+    found = [n for n in sizes if n in attention.DENOISERS or (is_text_encoder(n) and 2 * sizes[n] >= largest)]
+    return tuple(sorted(found)) or None
 
 
 def _smallest(sizes: Mapping[str, int]) -> Iterator[tuple[str, ...]]:
