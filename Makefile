@@ -33,6 +33,7 @@ lint: $(STAMP) ## ruff, mypy --strict, and whether generated files are fresh
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m tools.make_schemas --check
+	$(BIN)/python -m tools.make_docs --check
 
 bench: $(STAMP) ## print how long planning takes
 	$(BIN)/python -m bench.startup
@@ -45,8 +46,9 @@ bench-gpu-dry: $(STAMP) ## the same without a card, on a device that counts byte
 	$(BIN)/python -m bench.gpu run --dry --minutes 15 --out outputs/gpu-dry.jsonl
 	$(BIN)/python -m bench.gpu report outputs/gpu-dry.jsonl --write outputs/gpu-dry.md
 
-schemas: $(STAMP) ## regenerate schema/profile.schema.json from the optimizers' specs
+schemas: $(STAMP) ## regenerate schema/profile.schema.json and docs/compatibility.md from the optimizers' specs and the rules
 	$(BIN)/python -m tools.make_schemas
+	$(BIN)/python -m tools.make_docs
 
 model: $(STAMP) ## train the embedded model again, from nothing, into build/tiny-flux (under an hour on 2 cores)
 	$(BIN)/python -m tools.tiny_flux build --out build/tiny-flux --seed 0

@@ -2,7 +2,7 @@
 
 Prints the median and the spread of: importing engine, a probe (the real pynvml against the tests' stub library with
 eight cards), a resolve in a warm process (of the embedded model, and of FLUX.1-dev with estimates), `dg-run plan` as
-a whole process, and a hundred warm requests, beside a bare interpreter.
+a whole process, two hundred profiles beside the built-in ones, and a hundred warm requests, beside a bare interpreter.
 """
 
 from __future__ import annotations
@@ -65,6 +65,19 @@ def _whole(command: list[str], runs: int, environment: dict[str, str]) -> list[f
     return times[1:]  # the first fills the caches
 
 
+def _many_profiles(folder: Path) -> Path:
+    """Write two hundred profiles of a team, children of the built-in ones, and return the folder above them."""
+    (folder / "team" / "profiles").mkdir(parents=True)
+    for i in range(200):
+        parent = ("extreme-low", "low", "medium", "hi-res")[i % 4]
+        text = (
+            f"schema: dg-run/profile@1\nname: team-{i}\nversion: 1.0.0\nsummary: one of many\nextends: {parent}\n"
+            f"match: {{free_vram: {{at_least: {4 + i % 20}GiB}}}}\n"
+        )
+        (folder / "team" / "profiles" / f"team-{i}.yaml").write_text(text, encoding="utf-8")
+    return folder / "team"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs", type=int, default=20)
@@ -83,6 +96,13 @@ def main() -> None:
             ),
             "engine.resolve, FLUX.1-dev": lambda: _inside(
                 f"import engine; ask = lambda: engine.resolve({MODEL!r}, gpu={CARD!r}); ask()",
+                "ask()",
+                runs,
+                environment,
+            ),
+            "the same, 200 profiles": lambda: _inside(
+                f"import engine, os; os.chdir({str(_many_profiles(Path(name)))!r});"
+                f" ask = lambda: engine.resolve({MODEL!r}, gpu={CARD!r}); ask()",
                 "ask()",
                 runs,
                 environment,

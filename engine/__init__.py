@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.api import resolve
+    from engine.check import Check
+    from engine.drift import Drift
     from engine.errors import (
         DgRunError,
         FileError,
@@ -27,14 +29,19 @@ if TYPE_CHECKING:
         ProfileError,
         UsageError,
     )
+    from engine.lock import Lock
+    from engine.lockfile import read as read_lock
     from engine.plan import Plan
     from engine.version import __version__
 
 __all__ = [
+    "Check",
     "DgRunError",
+    "Drift",
     "FileError",
     "HardwareError",
     "IncompatibleError",
+    "Lock",
     "ModelError",
     "NothingFitsError",
     "OutOfMemoryError",
@@ -42,16 +49,26 @@ __all__ = [
     "ProfileError",
     "UsageError",
     "__version__",
+    "read_lock",
     "resolve",
 ]
 
-_HOMES = {"resolve": "engine.api", "Plan": "engine.plan", "__version__": "engine.version"}
+_HOMES = {
+    "resolve": "engine.api",
+    "Plan": "engine.plan",
+    "Lock": "engine.lock",
+    "read_lock": "engine.lockfile",
+    "Drift": "engine.drift",
+    "Check": "engine.check",
+    "__version__": "engine.version",
+}
+_OTHER_NAMES = {"read_lock": "read"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES.get(name, "engine.errors")), name)
+    value = getattr(import_module(_HOMES.get(name, "engine.errors")), _OTHER_NAMES.get(name, name))
     globals()[name] = value
     return value
 

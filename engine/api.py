@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from engine import arguments, calibration, cards, facts, history, plan, profiles, solver, versions
+from engine import arguments, calibration, cards, facts, history, plan, profiles, solve, versions
 from engine.arguments import StepLike
 from engine.errors import HardwareError, ModelError, NothingFitsError, UsageError
 from engine.estimate.estimator import Estimator
 from engine.facts.model import Component, Model
 from engine.plan import Plan
-from engine.values import Device, FrozenDict, Hardware, Note, ProfileRef, Request
+from engine.units import format_size
+from engine.values import Device, FrozenDict, Gpu, Hardware, Note, Profile, ProfileRef, Request, Step
 from engine.words import did_you_mean
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def resolve(
     require: Iterable[StepLike] = (),
     forbid: Iterable[str] = (),
     quality: str = "near",
-    prefer: str = "speed",
+    prefer: str | None = None,
     prompts_known: bool = False,
     device: str | None = None,
     hardware: Hardware | None = None,
@@ -72,12 +73,14 @@ def resolve(
     if optimizers is not None and profile is not None:
         raise UsageError("a profile and an exact list of optimizers were given", do="give one of them")
     known = _changed(_model(model), components or {}, pipeline_class)
+    chain = () if profile is None else profiles.chain(profile)
+    sizes = {"height": height, "width": width, "frames": frames, "steps": steps, "guidance": guidance}
     request = _request(
         known,
         optimizers is not None,
-        {"height": height, "width": width, "frames": frames, "steps": steps, "guidance": guidance},
+        sizes,
         batch=arguments.count("batch", batch, arguments.MAX_BATCH) or 1,
-        call=FrozenDict({**known.defaults.call, **(call or {})}),
+        call=FrozenDict(arguments.plain("call", {**known.defaults.call, **(call or {})})),
         components=FrozenDict(components or {}),
         device=arguments.choice("device", device, arguments.DEVICES),
         gpu=None if gpu is None else str(gpu),
@@ -88,63 +91,170 @@ def resolve(
         require=tuple(map(arguments.step, require)),
         forbid=arguments.optimizer_names(forbid),
         quality=arguments.choice("quality", quality, arguments.QUALITIES) or "near",
-        prefer=arguments.choice("prefer", prefer, arguments.PREFERENCES) or "speed",
+        # What a profile prefers counts where it is asked for by name.
+        prefer=arguments.choice("prefer", prefer, arguments.PREFERENCES)
+        or (chain[0].prefer if chain else None)
+        or "speed",
         prompts_known=prompts_known,
     )
     arguments.refuse_bad_sizes(request, known)
-    seen = cards.snapshot(request, hardware)
-    card = cards.chosen(request, seen)
-    headroom_bytes = None if card is None else cards.headroom_bytes(request, card)
-    budget_bytes = None
-    if card is not None and card.free_bytes is not None and headroom_bytes is not None:
-        budget_bytes = max(0, card.free_bytes - headroom_bytes)
-    calibrated = calibration.find(card, seen.driver)
-    measured = calibrated.calibration
-    estimates = Estimator(
-        known,
-        request,
-        card,
-        budget_bytes,
-        told,
-        calibration=measured,
-        runs=history.comparable(card, seen.driver, measured),
-    )
-    situation = solver.Situation(
-        request=request,
-        model=known,
-        gpu=card,
-        estimate=estimates,
-        budget_bytes=budget_bytes,
-        host_budget_bytes=None if card is None else seen.host.ram_bytes,
-    )
-    if optimizers is not None:
-        decision = solver.exact(situation, [arguments.step(s) for s in optimizers])
-    else:
-        decision = solver.choose(situation, profiles.built_in() if profile is None else (profiles.find(profile),))
-    estimates.save()
-    notes = decision.notes
-    if guidance is not None and known.ignores_guidance:
-        notes = (*notes, _GUIDANCE_NOTE)
-    if estimates.because is not None:
-        notes = (*notes, Note(kind="not_estimated", optimizer=None, because=estimates.because))
-    notes = (*notes, *_learnt(calibrated, estimates.remembered(decision.steps, decision.estimate)))
-    taken = decision.profile
-    reference = None if taken is None else ProfileRef(name=taken.name, version=taken.version, source=taken.source)
-    return Plan(
-        request=request,
-        hardware=seen,
-        device=None if card is None else Device(uuid=card.uuid, index=card.index),
-        profile=reference,
-        optimizers=decision.steps,
-        estimate=decision.estimate,
-        budget_bytes=budget_bytes,
-        headroom_bytes=headroom_bytes,
-        fits=decision.fits,
-        rejected=decision.rejected,
-        notes=notes,
-        digest=plan.digest(request, reference, decision.steps),
-        versions=FrozenDict(versions.snapshot()),
-    )
+    arguments.refuse_contradictions(request, sizes, call or {}, optimizers)
+    listed = None if optimizers is None else tuple(map(arguments.step, optimizers))
+    notes = (_GUIDANCE_NOTE,) if guidance is not None and known.ignores_guidance else ()
+    if listed is None and not chain:
+        notes = (*notes, *_passed_over())
+    return _solved(known, request, cards.snapshot(request, hardware), listed, chain, notes, told)
+
+
+def _passed_over() -> Iterator[Note]:
+    """Yield the profiles that would be tried here if they were valid."""
+    for one in profiles.broken():
+        because = (
+            f"profile {one.name} is not valid, and nothing is tried in its place: dg-run profiles lint {one.source}"
+        )
+        yield Note(kind="broken_profile", optimizer=None, because=because)
+
+
+def again(made: Plan, request: Request, hardware: Hardware, told: Callable[[str], None] | None = None) -> Plan:
+    """Return the plan for another request or machine than `made` is for, all else as it was. Raises: as `resolve`."""
+    chain = () if request.profile is None else profiles.chain(request.profile)
+    listed = made.optimizers if request.exact else None
+    return _solved(model_of(request), request, hardware, listed, chain, (), told)
+
+
+def least_free_vram(made: Plan) -> int:
+    """Return the free VRAM from which on a plan's profile may be used at all."""
+    return 0 if made.profile is None else _profile_of(made.profile).match.free_vram_at_least_bytes or 0
+
+
+def could_stay(made: Plan, told: Callable[[str], None] | None = None) -> bool:
+    """Return whether the weights alone leave room on a plan's card, in the dtype that it computes in."""
+    dtype = next((str(s.params["value"]) for s in made.optimizers if s.name == "dtype"), "float32")
+    estimates = Estimator(model_of(made.request), made.request, made.card, made.budget_bytes, told)
+    return made.budget_bytes is None or sum(estimates.sizes(dtype).values()) < made.budget_bytes
+
+
+def _profile_of(reference: ProfileRef) -> Profile:
+    return profiles.find(reference.name if reference.source == profiles.BUILT_IN else reference.source)
+
+
+def model_of(request: Request) -> Model:
+    """Return what is known of a request's model. Raises: ModelError."""
+    return _changed(facts.find(request.model, request.revision), request.components, request.pipeline_class)
+
+
+def _solved(
+    known: Model,
+    request: Request,
+    seen: Hardware,
+    listed: Sequence[Step] | None,
+    chain: Sequence[Profile],
+    notes: Sequence[Note],
+    told: Callable[[str], None] | None,
+) -> Plan:
+    tried = [_Case(request, known, card, seen, told) for card in cards.candidates(request, seen)]
+    for case in tried:
+        case.decide(listed, chain)
+    taken = tried[solve.better([c.decision for c in tried])]
+    return taken.plan([c for c in tried if c is not taken], notes)
+
+
+class _Case:
+    """A request on one of the cards that are here (None: on none), and what is decided for it."""
+
+    def __init__(
+        self, request: Request, known: Model, card: Gpu | None, seen: Hardware, told: Callable[[str], None] | None
+    ) -> None:
+        self.request, self.known, self.card, self.seen = request, known, card, seen
+        self.headroom_bytes = None if card is None else cards.headroom_bytes(request, card)
+        self.budget_bytes = None
+        if card is not None and card.free_bytes is not None and self.headroom_bytes is not None:
+            self.budget_bytes = max(0, card.free_bytes - self.headroom_bytes)
+        self.calibrated = calibration.find(card, seen.driver)
+        measured = self.calibrated.calibration
+        runs = history.comparable(card, seen.driver, measured)
+        self.estimates = Estimator(known, request, card, self.budget_bytes, told, calibration=measured, runs=runs)
+        self.decision: solve.Decision
+
+    def decide(self, listed: Sequence[Step] | None, chain: Sequence[Profile]) -> None:
+        """Decide: for an exact list, for a named profile and its fallbacks, or among all. Raises: DgRunError."""
+        situation = solve.Situation(
+            request=self.request,
+            model=self.known,
+            gpu=self.card,
+            estimate=self.estimates,
+            least=self.estimates.least,
+            timed=self.estimates.timed,
+            sizes=self.estimates.sizes,
+            budget_bytes=self.budget_bytes,
+            host_budget_bytes=None if self.card is None else self.seen.host.ram_bytes,
+            gpus=len(self.seen.gpus),
+            platform=self.seen.host.platform,
+        )
+        if listed is not None:
+            self.decision = solve.exact(situation, listed)
+        elif chain:
+            self.decision = solve.named(situation, chain)
+        else:
+            self.decision = solve.choose(situation, profiles.visible())
+        self.estimates.save()
+
+    def plan(self, others: Sequence[_Case], notes: Sequence[Note]) -> Plan:
+        """Return the plan, with these notes; `others` are the cases of the cards that were not taken."""
+        decision, request = self.decision, self.request
+        reference = None
+        if (taken := decision.profile) is not None:
+            reference = ProfileRef(name=taken.name, version=taken.version, source=taken.source)
+        return Plan(
+            request=request,
+            hardware=self.seen,
+            device=None if self.card is None else Device(uuid=self.card.uuid, index=self.card.index),
+            profile=reference,
+            optimizers=decision.steps,
+            estimate=decision.estimate,
+            budget_bytes=self.budget_bytes,
+            headroom_bytes=self.headroom_bytes,
+            fits=decision.fits,
+            rejected=decision.rejected,
+            notes=(*decision.notes, *notes, *self._notes(), *(self._beside(other) for other in others)),
+            digest=plan.digest(request, reference, decision.steps),
+            versions=FrozenDict(versions.snapshot()),
+        )
+
+    def _notes(self) -> Iterator[Note]:
+        if self.estimates.because is not None:
+            yield Note(kind="not_estimated", optimizer=None, because=self.estimates.because)
+        yield from self._disk()
+        kinds = self.estimates.remembered(self.decision.steps, self.decision.estimate)
+        yield from _learnt(self.calibrated, kinds)
+
+    def _disk(self) -> Iterator[Note]:
+        """Yield what happens where the files of the weights do not stay in memory between the steps that read them."""
+        taken, ram = self.decision.estimate, self.seen.host.ram_bytes
+        reads = next((s.name for s in self.decision.steps if s.name in ("sequential_offload", "group_offload")), None)
+        file_bytes, held = taken.host.file_bytes, taken.host_bytes
+        if reads is None or ram is None or not file_bytes or held is None or file_bytes <= ram - held:
+            return
+        because = (
+            f"{format_size(file_bytes)} of weights stay in their files, and {format_size(ram - held)} of memory is left"
+            " for them: what does not stay there is read from the disk again whenever it is used, which the seconds do"
+            " not count"
+        )
+        yield Note(kind="degrades", optimizer=reads, because=because)
+
+    def _beside(self, other: _Case) -> Note:
+        """Return why another card was not taken."""
+        assert other.card is not None
+        name, theirs, ours = f"{other.card.index}: {other.card.name}", other.decision, self.decision
+        if theirs.fits is False:
+            because = f"nothing fits on card {name}"
+        elif theirs.estimate.seconds is None or ours.estimate.seconds is None:
+            because = f"card {name} has less room"
+        else:
+            because = (
+                f"on card {name} it would take {theirs.estimate.seconds:.2f} s, here {ours.estimate.seconds:.2f} s"
+            )
+        return Note(kind="other_card", optimizer=None, because=because)
 
 
 def _learnt(calibrated: calibration.Found, kinds: int | None) -> Iterator[Note]:
@@ -167,7 +277,7 @@ def timeline(made: Plan, told: Callable[[str], None] | None = None) -> Timeline:
     if not made.optimizers:
         raise NothingFitsError("there is no timeline", "nothing fits, so there is no run", "list optimizers (--exact)")
     request = made.request
-    known = _changed(facts.find(request.model, request.revision), request.components, request.pipeline_class)
+    known = model_of(request)
     measured = calibration.find(made.card, made.hardware.driver).calibration if made.estimate.calibrated else None
     estimates = Estimator(known, request, made.card, made.budget_bytes, told, calibration=measured)
     found = estimates.timeline(made.optimizers)

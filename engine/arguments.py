@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -84,6 +85,17 @@ def optimizer_names(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(optimizers.spec(name).name for name in names)
 
 
+def plain(name: str, value: Any) -> Any:
+    """Return a value that JSON has, whole and in UTF-8: what cannot be written cannot be part of a plan."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UsageError(
+            f"{name} holds what is no plain value", str(error)[:200], "give numbers, text, lists and mappings of them"
+        ) from None
+    return value
+
+
 def refuse_bad_sizes(request: Request, model: Model) -> None:
     """Refuse a size that the pipeline would refuse or change, and say the good ones next to it."""
     multiple = model.size_multiple
@@ -100,3 +112,53 @@ def refuse_bad_sizes(request: Request, model: Model) -> None:
             f"its sizes are multiples of {multiple}",
             "; ".join(f"{name}: {listing(map(str, nearest_sizes(size, multiple)), 'or')}" for name, size in wrong),
         )
+
+
+CALL_NAMES = {
+    "height": "height",
+    "width": "width",
+    "frames": "num_frames",
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+}
+"""What a request says itself, and what a pipeline's call has for it."""
+
+
+def refuse_contradictions(
+    request: Request, given: Mapping[str, Any], call: Mapping[str, Any], listed: Sequence[StepLike] | None
+) -> None:
+    """Refuse arguments of which only one can be meant; `given` are the sizes and `call` the call as the user gave them.
+
+    Raises: UsageError, naming both.
+    """
+    for name, theirs in CALL_NAMES.items():
+        if given[name] is not None and theirs in call and call[theirs] != given[name]:
+            raise UsageError(
+                f"{name} {given[name]} and {theirs} {call[theirs]!r} in the call contradict each other",
+                "both say the same thing of the picture",
+                f"leave {theirs} out of the call",
+            )
+    for name, value in (("gpu", request.gpu), ("vram", request.vram_bytes)):
+        if request.device == "cpu" and value is not None:
+            raise UsageError(
+                f"device 'cpu' and {name} contradict each other",
+                "one leaves the card alone, the other says how to use it",
+                "leave one of them out",
+            )
+    guides = [n for n, value in (("require", request.require), ("forbid", request.forbid)) if value]
+    if listed is not None and guides:
+        raise UsageError(
+            f"optimizers and {listing(guides)} contradict each other",
+            "with an exact list there is no choice to guide",
+            f"leave {listing(guides)} out, or the list",
+        )
+    # A list of one's own is judged by a quality that was asked for, and not by the usual one.
+    judged = request.require if listed is None else map(step, listed) if request.quality == "exact" else ()
+    for asked in judged:
+        spec = optimizers.spec(asked.name)
+        if QUALITIES.index(spec.quality) > QUALITIES.index(request.quality):
+            raise UsageError(
+                f"{asked.name} and quality {request.quality!r} contradict each other",
+                f"{asked.name} is {spec.quality}: {spec.summary}",
+                f"allow quality {spec.quality!r}, or leave {asked.name} out",
+            )

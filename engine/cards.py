@@ -151,6 +151,17 @@ def chosen(request: Request, seen: Hardware) -> Gpu | None:
     return (_named(request.gpu, seen.gpus) if request.gpu is not None else None) or _most_free(seen.gpus)
 
 
+def candidates(request: Request, seen: Hardware) -> tuple[Gpu | None, ...]:
+    """Return the cards to plan for, the one with the most room first; (None,) where it is to run without one.
+
+    Of several cards the one with the best plan is taken. A card whose memory was capped, or that was named, is the one.
+    """
+    meant = chosen(request, seen)
+    if meant is None or request.gpu is not None or request.vram_bytes is not None:
+        return (meant,)
+    return (meant, *(g for g in seen.gpus if g is not meant and g.free_bytes is not None))
+
+
 def headroom_bytes(request: Request, card: Gpu) -> int:
     """Return what is left alone of a card's free memory: what was asked for, else the default for its driver model."""
     if request.headroom_bytes is not None:

@@ -17,10 +17,14 @@ from typing import Any, ClassVar
 import yaml
 
 from engine.errors import DgRunError
+from engine.words import shown
 
 MAX_FILE_BYTES = 1024**2
 MAX_VALUES = 20_000
 MAX_DEPTH = 32
+# What is told of one file: more helps nobody, and a hostile file must not become a hostile message.
+MAX_PROBLEMS = 50
+MAX_WORDS = 500
 _COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 
 Path_ = tuple[str | int, ...]
@@ -87,33 +91,42 @@ class DocumentError(Exception):
         self.text = text
         self.problems = tuple(problems)
 
+    def __str__(self) -> str:
+        return f"{self.source}: {self.problems[0].what if self.problems else 'it cannot be used'}"
+
     def told(self, kind: type[DgRunError], what: str) -> DgRunError:
         """Return an error of `kind` that shows every problem with its file, line, column and the line itself."""
-        return kind(f"{self.source}: {what}", "\n       ".join(self._shown(p) for p in self.problems), self._remedy())
-
-    def _shown(self, problem: Problem) -> str:
-        if problem.place is None:
-            return f"{self.source}: {problem.what}"
         lines = self.text.splitlines()
-        line = lines[problem.place.line - 1] if problem.place.line <= len(lines) else ""
-        shown = f"{self.source}:{problem.place.line}:{problem.place.column}: {problem.what}"
-        if not line.strip():
-            return shown
-        # A line of a thousand columns helps nobody: show the stretch around the place.
-        start = max(0, problem.place.column - 60)
-        stretch = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line[start : start + 100])
-        return f"{shown}\n         | {stretch}\n         | {' ' * (problem.place.column - 1 - start)}^"
+        told = [shown_at(self.source, p, lines) for p in self.problems[:MAX_PROBLEMS]]
+        if len(self.problems) > MAX_PROBLEMS:
+            told.append(f"{self.source}: and {len(self.problems) - MAX_PROBLEMS} more")
+        return kind(f"{self.source}: {what}", "\n       ".join(told), self._remedy())
 
     def _remedy(self) -> str:
-        return "; ".join(dict.fromkeys(p.do for p in self.problems if p.do))
+        return "; ".join(dict.fromkeys(p.do for p in self.problems[:MAX_PROBLEMS] if p.do))
 
 
-def read_text(path: Path) -> str:
+def shown_at(source: str, problem: Problem, lines: Sequence[str], kind: str = "") -> str:
+    """Return a problem with its file, line and column, and below it the line itself with a mark."""
+    what = kind + (problem.what if len(problem.what) <= MAX_WORDS else problem.what[: MAX_WORDS - 3] + "...")
+    if problem.place is None:
+        return f"{source}: {what}"
+    line = lines[problem.place.line - 1] if problem.place.line <= len(lines) else ""
+    told = f"{source}:{problem.place.line}:{problem.place.column}: {what}"
+    if not line.strip():
+        return told
+    # A line of a thousand columns helps nobody: show the stretch around the place.
+    start = max(0, problem.place.column - 60)
+    stretch = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line[start : start + 100])
+    return f"{told}\n         | {stretch}\n         | {' ' * (problem.place.column - 1 - start)}^"
+
+
+def read_text(path: Path, most_bytes: int = MAX_FILE_BYTES) -> str:
     """Return a small UTF-8 file's text. Raises: DocumentError, when it is too large or not text; OSError."""
     with path.open("rb") as file:
-        raw = file.read(MAX_FILE_BYTES + 1)
-    if len(raw) > MAX_FILE_BYTES:
-        raise DocumentError(str(path), "", [Problem(None, f"the file is larger than {MAX_FILE_BYTES:,} bytes")])
+        raw = file.read(most_bytes + 1)
+    if len(raw) > most_bytes:
+        raise DocumentError(str(path), "", [Problem(None, f"the file is larger than {most_bytes:,} bytes")])
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -151,17 +164,29 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} is here twice")
+        raise ValueError(f"the key {shown(next(n for n in names if names.count(n) > 1))} is here twice")
     return result
 
 
 def parse(text: str, source: str) -> Document:
     """Return the document in `text`. Raises: DocumentError, with the place of what is wrong."""
+    document, problems = inspect(text, source)
+    if problems:
+        raise DocumentError(source, text, problems)
+    return document
+
+
+def inspect(text: str, source: str, most: int = MAX_VALUES) -> tuple[Document, Sequence[Problem]]:
+    """Return the document in `text` without what is wrong in it, and what that is: for whoever has more to say of it.
+
+    Raises: DocumentError, when it cannot be read at all, or holds more than `most` values.
+    """
     try:
+        _refuse_too_many(text, source, most)
         loader = _Loader(text)
         try:
             node = loader.get_single_node()
-            builder = _Builder(source, text, loader)
+            builder = _Builder(source, text, loader, most)
             value = None if node is None else builder.build(node, (), 0)
         finally:
             loader.dispose()
@@ -171,20 +196,54 @@ def parse(text: str, source: str) -> Document:
         raise DocumentError(source, text, [_unreadable(error, text)]) from None
     except RecursionError:
         raise DocumentError(source, text, [Problem(None, "the document is nested too deeply")]) from None
-    if builder.problems:
-        raise DocumentError(source, text, builder.problems)
-    return Document(source, text, value, builder.values, builder.keys)
+    return Document(source, text, value, builder.values, builder.keys), builder.problems
+
+
+def _refuse_too_many(text: str, source: str, most: int) -> None:
+    """Refuse a large text of many or deeply nested values before a node is made of each: nodes are two hundred times
+    as large as their text."""
+    if len(text) <= most:
+        return
+    depth = count = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        count += isinstance(event, yaml.NodeEvent)
+        if count > most or depth > MAX_DEPTH:
+            limit = f"more than {most:,} values" if count > most else f"more than {MAX_DEPTH} levels"
+            raise DocumentError(source, text, [Problem(_place(event), f"the document holds {limit}")])
 
 
 def _yaml_problem(error: yaml.MarkedYAMLError, text: str) -> Problem:
     mark = error.problem_mark or error.context_mark
     what = str(error.problem or error.context or "this is not YAML")
     lines = text.splitlines()
+    if error.context == "while scanning a quoted scalar" and "end of stream" in what and error.context_mark:
+        begun = error.context_mark
+        return Problem(Place(begun.line + 1, begun.column + 1), "the quote that begins here is not closed")
     if mark is not None and lines and mark.line >= len(lines):
         # The text ended too early: the end of its last line is a place that can be shown.
         return Problem(Place(len(lines), len(lines[-1]) + 1), f"the document ends too early: {what}")
-    do = "indent with spaces, never with tabs" if "\\t" in what or "tab" in what else ""
-    return Problem(None if mark is None else Place(mark.line + 1, mark.column + 1), what, do)
+    if mark is None:
+        return Problem(None, what)
+    line = lines[mark.line] if mark.line < len(lines) else ""
+    if line[mark.column : mark.column + 1] == "\t" or "\\t" in what or "tab character" in what:
+        return Problem(Place(mark.line + 1, mark.column + 1), "found a tab character that indents", _SPACES)
+    do = next((hint for words, hint in _HINTS.items() if words in what), "")
+    return Problem(Place(mark.line + 1, mark.column + 1), what, do)
+
+
+_SPACES = "indent with spaces, never with tabs"
+_HINTS = {
+    "mapping values are not allowed": "put a text that holds ': ' in quotes; or check the line's indentation",
+    "alias": "put a text that begins with * in quotes",
+    "while scanning an anchor": "put a text that begins with & in quotes",
+    "alphabetic or numeric character": "put a text that begins with * or & in quotes",
+    "cannot start any token": "put a text that begins with such a character in quotes",
+    "did not find expected key": "check the line's indentation, and quotes within a text",
+    "did not find expected ',' or ']'": "check the brackets, and quotes within a text",
+    "did not find expected ',' or '}'": "check the braces, and quotes within a text",
+    "expected <document start>": "begin with `key: value`; a document of more lines than one is a mapping",
+}
 
 
 def _unreadable(error: yaml.YAMLError, text: str) -> Problem:
@@ -197,7 +256,8 @@ def _unreadable(error: yaml.YAMLError, text: str) -> Problem:
 
 
 class _Builder:
-    def __init__(self, source: str, text: str, loader: Any) -> None:
+    def __init__(self, source: str, text: str, loader: Any, most: int) -> None:
+        self.most = most
         self.source = source
         self.text = text
         self.loader = loader
@@ -212,13 +272,13 @@ class _Builder:
     def build(self, node: yaml.Node, path: Path_, depth: int) -> Any:
         # Counted as expanded, so that ten lines of aliases to aliases stop here and not in memory.
         self.count += 1
-        if self.count > MAX_VALUES or depth > MAX_DEPTH:
-            limit = f"more than {MAX_VALUES:,} values" if self.count > MAX_VALUES else f"more than {MAX_DEPTH} levels"
+        if self.count > self.most or depth > MAX_DEPTH:
+            limit = f"more than {self.most:,} values" if self.count > self.most else f"more than {MAX_DEPTH} levels"
             self._error(node, f"the document holds {limit} once its aliases are followed")
             raise DocumentError(self.source, self.text, self.problems)
         self.values[path] = _place(node)
         if not isinstance(node, yaml.ScalarNode) and node.tag not in _COLLECTIONS:
-            self._error(node, f"the tag {node.tag!r} is not allowed", "write a plain value")
+            self._error(node, f"the tag {shown(node.tag)} is not allowed", "write a plain value")
             return None
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path, depth)
@@ -234,9 +294,12 @@ class _Builder:
                 self._error(key_node, "a key must be a plain word", "put the key in quotes")
                 continue
             key = str(key_node.value)
+            if key == "<<" and not key_node.style:  # plain, and not in quotes
+                self._error(key_node, "merge keys (<<) are not read", "write the keys out")
+                continue
             if key in result:
                 first = self.keys[(*path, key)].line
-                self._error(key_node, f"the key {key!r} is here twice (first on line {first})", "keep one of them")
+                self._error(key_node, f"the key {shown(key)} is here twice (first on line {first})", "keep one of them")
                 continue
             self.keys[(*path, key)] = _place(key_node)
             result[key] = self.build(value_node, (*path, key), depth + 1)
@@ -256,10 +319,13 @@ class _Builder:
                 return int(text)
             case "float" if len(text) <= 40:
                 return float(text)
-        what = f"the tag {node.tag!r} is not allowed" if kind not in ("int", "float") else "this number is too long"
+        what = (
+            f"the tag {shown(node.tag)} is not allowed" if kind not in ("int", "float") else "this number is too long"
+        )
         self._error(node, what, "write a plain value")
         return None
 
 
-def _place(node: yaml.Node) -> Place:
-    return Place(node.start_mark.line + 1, node.start_mark.column + 1)
+def _place(node: yaml.Node | yaml.Event) -> Place:
+    mark: Any = node.start_mark
+    return Place(mark.line + 1, mark.column + 1)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from engine import optimizers
 from engine.plan import Plan
 from engine.units import format_size
 from engine.values import Note, Rejection, Step
 
+_MOST_LINES = 14
+_OF_A_STEP = {"no_effect": "no effect", "degrades": "at a price", "required": "added", "undecided": "open"}
 NOT_ESTIMATED = "not estimated, so whether it fits is not known"
 
 
 def plan_text(plan: Plan) -> str:
-    """Return a plan in a dozen lines: the request, the device, the steps, and why nothing else was taken."""
+    """Return a plan for reading: the choice in one line, what it stands on, and why nothing else was taken."""
     rows = [
+        ("plan", _headline(plan)),
         ("model", _model(plan)),
         ("picture", picture(plan)),
         ("device", _device(plan)),
@@ -27,6 +31,8 @@ def plan_text(plan: Plan) -> str:
         rows += _estimate(plan)
     if plan.rejected:
         rows.append(("rejected" if plan.fits is False else "not taken", _rejected(plan.rejected)))
+    if plan.advice:
+        rows.append(("for more" if plan.fits is not False else "it would fit", _advice(plan)))
     return "\n".join(_row(label, text) for label, text in rows)
 
 
@@ -38,19 +44,13 @@ def _estimate(plan: Plan) -> list[tuple[str, str]]:
         return [("memory", NOT_ESTIMATED + (f": {because}" if because else ""))]
     interval = taken.interval
     span = f" ({format_size(interval.low_bytes or 0)} to {format_size(interval.high_bytes or 0)})"
-    phases = [
-        f"{p.name:<10} {format_size(p.peak_bytes or 0):>10}   weights {format_size(p.weights_bytes or 0)},"
-        f" activations {format_size(p.activation_bytes or 0)}, workspaces {format_size(p.workspace_bytes or 0)}"
-        + (f"; {_seconds(p.seconds)}" if p.seconds is not None else "")
-        for p in taken.phases
-    ]
     fits = {True: "it fits", False: "it does not fit", None: "the budget is not known"}[plan.fits]
     rows = [
         (
             "memory",
             f"at most {format_size(taken.peak_allocated_bytes)}{span} in tensors,"
             f" {format_size(taken.device_bytes or 0)} on the card; at least {format_size(taken.required_bytes)}"
-            f" are needed: {fits}\n" + "\n".join(phases),
+            f" are needed: {fits}\n" + "\n".join(_phases(plan)),
         )
     ]
     if taken.basis == "interpolated":
@@ -81,6 +81,52 @@ def _estimate(plan: Plan) -> list[tuple[str, str]]:
             )
         )
     return rows
+
+
+def _phases(plan: Plan) -> list[str]:
+    """Return a small table: each phase's peak against the budget, what it is made of, and how long it takes."""
+    budget = plan.budget_bytes
+    heads = ("phase", "peak", "of budget", "weights", "activations", "workspaces", "time")
+    lines = [
+        (
+            p.name,
+            format_size(p.peak_bytes or 0),
+            f"{(p.peak_bytes or 0) / budget:.0%}" if budget else "",
+            format_size(p.weights_bytes or 0),
+            format_size(p.activation_bytes or 0),
+            format_size(p.workspace_bytes or 0),
+            "" if p.seconds is None else _seconds(p.seconds),
+        )
+        for p in plan.estimate.phases
+    ]
+    widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
+    return [
+        "  ".join([line[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
+        for line in (heads, *lines)
+    ]
+
+
+def _headline(plan: Plan) -> str:
+    """Return the choice in one line."""
+    taken = plan.estimate
+    if plan.fits is False:
+        return "nothing fits" if not plan.request.exact else "the listed optimizers do not fit"
+    idle = {n.optimizer for n in plan.notes if n.kind == "no_effect"}
+    parts = [_run([s for s in plan.optimizers if s.name not in idle or optimizers.spec(s.name).is_placement])]
+    if plan.profile is not None:
+        parts[0] += f" ({plan.profile.name})"
+    if taken.required_bytes is not None and plan.budget_bytes is not None:
+        parts.append(f"{format_size(taken.required_bytes)} of {format_size(plan.budget_bytes)} needed")
+    if taken.seconds is not None:
+        parts.append(f"about {_seconds(taken.seconds)}")
+    if taken.quality not in (None, "exact"):
+        parts.append(f"{taken.quality}, not exact")
+    return ", ".join(parts)
+
+
+def _run(steps: Sequence[Step]) -> str:
+    """Return what makes a list of steps what it is: without the dtype, which is nearly always the same."""
+    return " + ".join(optimizers.short(s) for s in steps if s.name not in ("dtype", "vae_slicing")) or "nothing"
 
 
 def _seconds(value: float) -> str:
@@ -132,9 +178,9 @@ def _profile(plan: Plan) -> str:
 
 
 def _step(step: Step, notes: tuple[Note, ...]) -> str:
-    told = [n for n in notes if n.optimizer == step.name and n.kind in ("no_effect", "required", "undecided")]
-    labels = {"no_effect": "no effect", "required": "added", "undecided": "open"}
-    return f"{step}" + "".join(f"\n     {labels[n.kind]}: {n.because}" for n in told)
+    labels = {"no_effect": "no effect", "degrades": "at a price", "required": "added", "undecided": "open"}
+    told = [n for n in notes if n.optimizer == step.name and n.kind in labels]
+    return f"{step}" + "".join(f"\n     {_OF_A_STEP[n.kind]}: {n.because}" for n in told)
 
 
 def _other_notes(plan: Plan) -> list[Note]:
@@ -143,8 +189,57 @@ def _other_notes(plan: Plan) -> list[Note]:
 
 
 def _rejected(rejections: Sequence[Rejection]) -> str:
-    """Return a line a reason: profiles that were passed over for the same one share it."""
-    shared: dict[str, list[str]] = {}
+    """Return a line a kind of run, the nearest of its kind: what costs more, what is short, what is not allowed."""
+    kinds: dict[tuple[str, ...], list[Rejection]] = {}
     for rejection in rejections:
-        shared.setdefault(rejection.because, []).append(rejection.profile)
-    return "\n".join(f"{', '.join(names)}: {because}" for because, names in shared.items())
+        if rejection.rule == "same":
+            continue  # another profile's name for what was taken
+        is_whole = rejection.rule.startswith("match.")  # the profile as such, and not one of its alternatives
+        kind = (rejection.profile,) if is_whole else (rejection.rule.partition(".")[0], *_kind(rejection.optimizers))
+        kinds.setdefault(kind, []).append(rejection)
+    lines = sorted((*_order(best := min(several, key=_order)), _line(best, several)) for several in kinds.values())
+    told = [text for *_, text in lines]
+    if len(told) > _MOST_LINES:
+        told = [*told[:_MOST_LINES], f"and {len(told) - _MOST_LINES} more kinds, which --json lists"]
+    return "\n".join(told)
+
+
+def _kind(steps: Sequence[Step]) -> tuple[str, ...]:
+    """Return what of a list makes it another kind of run: which steps, and which kind of group, and not how large."""
+    return tuple(
+        f"{s.name} {s.params.get('type', '')} {bool(s.params.get('components'))}"
+        for s in steps
+        if s.name not in ("dtype", "vae_slicing", "vae_tiling")
+    )
+
+
+def _line(best: Rejection, several: Sequence[Rejection]) -> str:
+    same = [r for r in several if r.optimizers == best.optimizers and r.because == best.because]
+    run = "" if best.rule.startswith("match.") else _run(best.optimizers)
+    others = len({str(r.optimizers) for r in several}) - 1
+    more = f" (and {others} like it)" if others else ""
+    return f"{_named(run, same)}: {best.because}{more}"
+
+
+def _named(run: str, several: Sequence[Rejection]) -> str:
+    names = ", ".join(dict.fromkeys(r.profile for r in several))
+    return f"{run} ({names})" if run else names
+
+
+def _order(rejection: Rejection) -> tuple[int, float]:
+    """Return where a rejection stands: what fits and costs more, what is short of memory, what a rule forbids."""
+    if rejection.rule in ("preferred", "planned", "quality"):
+        return 0, rejection.seconds or 0.0
+    if rejection.rule.startswith("estimate."):
+        return 1, rejection.short_bytes or 0
+    return (3, 0) if rejection.rule.startswith("match.") else (2, 0)
+
+
+def _advice(plan: Plan) -> str:
+    return "\n".join(
+        f"{a.change}: {_run(a.optimizers)}"
+        + (f" ({a.profile})" if a.profile else "")
+        + (f", {format_size(a.required_bytes)} needed" if a.required_bytes is not None else "")
+        + (f", about {_seconds(a.seconds)}" if a.seconds is not None else "")
+        for a in plan.advice or ()
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from pathlib import Path
 
@@ -25,3 +26,19 @@ def write(path: Path, content: bytes) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def publish(path: Path, text: str) -> None:
+    """Write a text for others to read, whole or not at all, where its folder is; with the rights of any new file.
+
+    Raises: OSError.
+    """
+    part = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with part.open("x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

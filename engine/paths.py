@@ -39,6 +39,17 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dg-run"
 
 
+def config_dir() -> Path:
+    """Return the folder for what a user writes, such as profiles; `DG_RUN_CONFIG` names another. It may not exist."""
+    if chosen := os.environ.get("DG_RUN_CONFIG"):
+        return Path(chosen).expanduser()
+    if sys.platform == "win32":
+        return Path(os.environ.get("APPDATA") or Path.home() / "AppData" / "Roaming") / "dg-run"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "dg-run"
+    return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "dg-run"
+
+
 def state_dir() -> Path:
     """Return the folder for what was learnt of this machine's cards and cannot simply be made again.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,10 +15,24 @@ from typing import TYPE_CHECKING, Any
 from engine import documents, validation
 from engine.documents import DocumentError
 from engine.errors import FileError
-from engine.values import Device, Estimate, FrozenDict, Gpu, Hardware, Note, ProfileRef, Rejection, Request, Step
+from engine.values import (
+    Advice,
+    Device,
+    Estimate,
+    FrozenDict,
+    Gpu,
+    Hardware,
+    Note,
+    ProfileRef,
+    Rejection,
+    Request,
+    Step,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from engine.lock import Lock
 
 SCHEMA = "dg-run/plan@1"
 
@@ -44,6 +59,8 @@ class Plan:
     notes: tuple[Note, ...]
     digest: str
     versions: Mapping[str, str | None]
+    advice: tuple[Advice, ...] | None = None
+    """The nearest changes that would allow more (`engine.advise`); None where nobody has looked."""
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Return the plan as JSON, which `schema/plan.schema.json` describes."""
@@ -57,7 +74,7 @@ class Plan:
             validation.check(document, "plan")
         except DocumentError as error:
             raise error.told(FileError, "this is not a valid plan") from None
-        plan: Plan = _build(cls, document.value)
+        plan: Plan = build(cls, document.value)
         if plan.digest != digest(plan.request, plan.profile, plan.optimizers):
             raise FileError(
                 f"{source}: the plan's digest does not match its content",
@@ -95,6 +112,15 @@ class Plan:
 
         return explain.plan_text(self)
 
+    def lock(self, path: str | os.PathLike[str]) -> Lock:
+        """Write the plan as a lock (YAML or JSON, by the file's name), and return it. `engine.read_lock` reads it.
+
+        Raises: FileError, UsageError; NothingFitsError and IncompatibleError, for a plan that cannot be run as it is.
+        """
+        from engine import lockfile
+
+        return lockfile.write(self, path)
+
     # The three doors to the torch edge. Everything else about a plan is plain data.
 
     def load(self) -> Any:
@@ -131,19 +157,19 @@ def digest(request: Request, profile: ProfileRef | None, steps: tuple[Step, ...]
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def _build(kind: Any, value: Any) -> Any:
+def build(kind: Any, value: Any) -> Any:
     """Return a frozen value of type `kind` from its JSON form, which the schema has already been held against."""
     origin = typing.get_origin(kind)
     if value is None:
         return None
     if origin in (typing.Union, types.UnionType):
-        return _build(next(a for a in typing.get_args(kind) if a is not types.NoneType), value)
+        return build(next(a for a in typing.get_args(kind) if a is not types.NoneType), value)
     if origin is tuple:
-        return tuple(_build(typing.get_args(kind)[0], v) for v in value)
+        return tuple(build(typing.get_args(kind)[0], v) for v in value)
     if kind is Step:
         params = {k: tuple(v) if isinstance(v, list) else v for k, v in value["params"].items()}
         return Step(name=value["name"], params=FrozenDict(params))
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        return typing.cast(Any, kind)(**{k: _build(hints[k], v) for k, v in value.items()})
+        return typing.cast(Any, kind)(**{k: build(hints[k], v) for k, v in value.items()})
     return FrozenDict(value) if isinstance(value, dict) else value

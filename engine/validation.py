@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from engine import paths
 from engine.documents import Document, DocumentError, Problem
-from engine.words import did_you_mean, listing
+from engine.words import did_you_mean, listing, shown
 
 if TYPE_CHECKING:
     from jsonschema.exceptions import ValidationError
+
+
+_MOST = 200
+# No text that has a form is longer.
+_LONGEST = 4_096
 
 
 @cache
@@ -29,31 +36,57 @@ def schema_text(name: str) -> str:
 
 def check(document: Document, schema: str) -> None:
     """Return when `document` obeys the schema. Raises: DocumentError, with all its problems."""
-    problems = sorted(_problems(document, schema), key=lambda p: (p.place.line, p.place.column) if p.place else (0, 0))
-    if problems:
-        raise DocumentError(document.source, document.text, list(dict.fromkeys(problems)))
+    if found := problems(document, schema):
+        raise DocumentError(document.source, document.text, found)
 
 
 def check_once(document: Document, schema: str) -> None:
     """The same as `check`, remembering a document that passed: for files that are read again and again."""
-    stamp = paths.cache_dir() / "valid" / hashlib.sha256(f"{schema_text(schema)}\0{document.text}".encode()).hexdigest()
-    if stamp.exists():
-        return
-    check(document, schema)
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        stamp.touch()
+    if found := problems_once(document, schema):
+        raise DocumentError(document.source, document.text, found)
 
 
-def _problems(document: Document, schema: str) -> Iterator[Problem]:
+def problems(document: Document, schema: str) -> list[Problem]:
+    """Return what speaks against `document`, in the order of its places; of very much the beginning."""
+    validator = _validator(schema)
+    found = itertools.chain.from_iterable(_told(document, e) for e in validator.iter_errors(document.value))
+    return in_order(itertools.islice(found, _MOST))
+
+
+@cache
+def _validator(schema: str) -> Any:
     import jsonschema
 
-    validator = jsonschema.Draft202012Validator(json.loads(schema_text(schema)))
-    for error in validator.iter_errors(document.value):
-        yield from _told(document, error)
+    def pattern(validator: Any, wanted: str, value: Any, schema: dict[str, Any]) -> Iterator[ValidationError]:
+        # A long text is refused unlooked at: a pattern that repeats groups takes 300 bytes for each of its characters.
+        # In Python `$` is also before a last line's end; in JSON Schema it is the end.
+        whole = wanted[:-1] + r"\Z" if wanted.endswith("$") else wanted
+        if isinstance(value, str) and (len(value) > _LONGEST or re.search(whole, value) is None):
+            yield jsonschema.ValidationError(f"{_short(value)} does not match")
+
+    extend: Callable[..., Any] = jsonschema.validators.extend
+    return extend(jsonschema.Draft202012Validator, {"pattern": pattern})(json.loads(schema_text(schema)))
 
 
-def _told(document: Document, error: ValidationError) -> Iterator[Problem]:
+def problems_once(document: Document, schema: str) -> list[Problem]:
+    """The same as `problems`, remembering a document that has none."""
+    stamp = paths.cache_dir() / "valid" / hashlib.sha256(f"{schema_text(schema)}\0{document.text}".encode()).hexdigest()
+    if stamp.exists():
+        return []
+    found = problems(document, schema)
+    if not found:
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+            stamp.parent.mkdir(parents=True, exist_ok=True)
+            stamp.touch()
+    return found
+
+
+def in_order(found: Iterable[Problem]) -> list[Problem]:
+    """Return problems by their places, each once."""
+    return sorted(dict.fromkeys(found), key=lambda p: (p.place.line, p.place.column) if p.place else (0, 0))
+
+
+def _told(document: Document, error: ValidationError, words: Sequence[str] = ()) -> Iterator[Problem]:
     path = list(error.absolute_path)
     here = document.place(path)
     keyword = str(error.validator)
@@ -63,7 +96,8 @@ def _told(document: Document, error: ValidationError) -> Iterator[Problem]:
     if keyword == "additionalProperties":
         known = list(schema.get("properties", {}))
         for key in sorted(set(value) - set(known)):
-            yield Problem(document.place([*path, key], key=True), f"unknown key {key!r}", did_you_mean(key, known))
+            place = document.place([*path, key], key=True)
+            yield Problem(place, f"unknown key {shown(key)}", did_you_mean(key, known))
         return
     if keyword == "required":
         missing = [k for k in wanted if k not in value]
@@ -72,22 +106,52 @@ def _told(document: Document, error: ValidationError) -> Iterator[Problem]:
             f"the key {missing[0]!r} is missing" if len(missing) == 1 else f"the keys {listing(missing)} are missing",
         )
         return
+    if keyword == "dependentRequired":
+        for key, needed in wanted.items():
+            if key in value and (missing := [n for n in needed if n not in value]):
+                yield Problem(document.place([*path, key], key=True), f"{key!r} needs {listing(map(repr, missing))}")
+        return
     if keyword == "not" and (because := schema.get("$comment")):
-        yield Problem(here, str(because))
+        # What may not be there together is shown where the last of it stands.
+        key = wanted.get("required", [None])[-1]
+        place = here if key is None else document.place([*path, key], key=True)
+        yield Problem(place, str(because), _remedy(value, wanted, schema))
+        return
+    if keyword == "anyOf" and error.context:
+        # The first of them is the usual form; the others are words that may stand for it.
+        more = [w["const"] for w in wanted[1:] if "const" in w]
+        for usual in error.context:
+            if usual.schema_path[0] == 0:
+                yield from _told(document, usual, more)
         return
     if keyword == "enum" and isinstance(value, str):
         yield Problem(
-            here, f"{value!r} is not known here", did_you_mean(value, [w for w in wanted if isinstance(w, str)])
+            here,
+            f"{value!r} is not known here",
+            did_you_mean(value, [*(w for w in wanted if isinstance(w, str)), *words]),
         )
         return
     say = _SAY.get(keyword)
-    yield Problem(here, say(value, wanted, schema) if say else error.message[:200])
+    yield Problem(here, say(value, wanted, schema) if say else error.message[:200], _remedy(value, wanted, schema))
+
+
+def _remedy(value: Any, wanted: Any, schema: dict[str, Any]) -> str:
+    """Return what to write instead: what the schema says itself, or what YAML's habits suggest."""
+    if (said := schema.get("errorMessage")) is not None:
+        return str(said)
+    if wanted == "boolean" and isinstance(value, str) and value.casefold() in ("yes", "no", "on", "off", "y", "n"):
+        return "yes, no, on and off are words here: write true or false"
+    if wanted == "string" and isinstance(value, int | float | None):
+        return "put it in quotes"
+    return ""
 
 
 _Say = Callable[[Any, Any, dict[str, Any]], str]
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, str):
+        value = value[:60]  # before it is written, not after: it may be long
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -112,6 +176,8 @@ _SAY: dict[str, _Say] = {
     "minimum": lambda v, w, _: f"{_short(v)} is less than {w}",
     "maximum": lambda v, w, _: f"{_short(v)} is more than {w}",
     "minItems": lambda v, w, _: f"the list holds {len(v)}, and needs at least {w}",
+    "maxItems": lambda v, w, _: f"the list holds {len(v)}, and may hold {w}",
+    "uniqueItems": lambda *_: "the list holds something twice",
     "minLength": lambda *_: "the text is empty",
     "maxLength": lambda v, w, _: f"the text is longer than {w} characters",
     "minProperties": lambda *_: "the mapping is empty",

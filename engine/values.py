@@ -318,6 +318,24 @@ class Rejection:
     short_bytes: int | None
     because: str
     remedy: str
+    seconds: float | None = None
+    """What it would take, or take at the least; None where it is not known."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """One change to the request or the machine, and the plan that it would allow: computed, not guessed."""
+
+    kind: str
+    """"vram", "host_ram", "size", "batch", "frames", "quality" or "forbid"."""
+    change: str
+    """What to change, in words."""
+    more_bytes: int | None
+    """How much more memory it is, where it is memory."""
+    profile: str | None
+    optimizers: tuple[Step, ...]
+    required_bytes: int | None
+    seconds: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

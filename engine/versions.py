@@ -47,6 +47,13 @@ def cudnn() -> tuple[int, ...] | None:
 
 
 @cache
+def torch() -> tuple[int, int] | None:
+    """Return the installed torch's version, the first two of its numbers; None where there is none."""
+    found = re.match(r"(\d+)\.(\d+)", installed("torch") or "")
+    return None if found is None else (int(found[1]), int(found[2]))
+
+
+@cache
 def cuda() -> str | None:
     """Return the CUDA version that torch was built for, as "13.0"; None for a torch without CUDA, or without torch.
 
@@ -76,6 +83,30 @@ def of_gpu() -> dict[str, str | None]:
 def snapshot() -> dict[str, str | None]:
     """Return the versions a plan is made with."""
     return {"dg-run": __version__} | {name: installed(name) for name in TESTED}
+
+
+def within(version: str, ranges: str) -> bool:
+    """Whether a version lies in ranges such as ">=0.42.1,<0.43", by the numbers of its release.
+
+    Not by `packaging`, which takes longer to import than a plan to make: a build before 0.43 counts as 0.43.
+    """
+    found = _release(version)
+    for bound in ranges.split(","):
+        sign, wanted = bound[: 1 + (bound[1] == "=")], _release(bound.lstrip("<>=!"))
+        order = (found > wanted) - (found < wanted)
+        if not {">=": order >= 0, "<=": order <= 0, "==": order == 0, "!=": order != 0, ">": order > 0, "<": order < 0}[
+            sign
+        ]:
+            return False
+    return True
+
+
+def _release(version: str) -> tuple[int, ...]:
+    match = re.match(r"\s*\d+(\.\d+)*", version)
+    numbers = [int(n) for n in match[0].split(".")] if match else []
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers)
 
 
 def note(name: str, version: str | None) -> str | None:

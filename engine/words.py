@@ -5,9 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# Longer than this is no misspelt word, and comparing it takes time.
+_LONGEST = 100
+
 
 def nearest(word: str, known: Iterable[str], count: int = 1) -> list[str]:
     """Return up to `count` of the `known` words that `word` was probably meant to be, best first."""
+    if len(word) > _LONGEST:
+        return []
     by_folded = {k.casefold(): k for k in known}
     found = difflib.get_close_matches(word.casefold(), by_folded, n=count, cutoff=0.6)
     return [by_folded[f] for f in found]
@@ -27,3 +32,9 @@ def listing(words: Iterable[str], last: str = "and") -> str:
     if len(items) < 2:
         return "".join(items)
     return f"{', '.join(items[:-1])} {last} {items[-1]}"
+
+
+def shown(value: object, most: int = 60) -> str:
+    """Return a value's `repr`, cut where it is long."""
+    text = repr(value[: most + 1] if isinstance(value, str) else value)
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -7,10 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from engine import probe
 from engine.estimate import store
 from engine.values import Gpu, Hardware, Host
+
+# How long an example takes is no property of the code: machines that test are busy.
+settings.register_profile("dg-run", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("dg-run")
 
 GIB = 1024**3
 RTX_4090 = "GeForce RTX 4090"
@@ -21,6 +26,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     """Keep the user's own cache, state and models out of the tests, and the network."""
     monkeypatch.setenv("DG_RUN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("DG_RUN_STATE", str(tmp_path_factory.getbasetemp() / "state"))
+    monkeypatch.setenv("DG_RUN_CONFIG", str(tmp_path_factory.getbasetemp() / "config"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path_factory.getbasetemp() / "hub"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name in ("DG_GROUP_OFFLOAD_TYPE", "DG_STORAGE_DTYPE", "DG_COMPUTE_DTYPE"):

@@ -41,6 +41,9 @@ pytestmark = pytest.mark.usefixtures("no_estimates")
         ({"optimizers": [{"name": "dtype", "param": {}}]}, "is not an optimizer"),
         ({"optimizers": ["vae_tiling"], "profile": "low"}, "a profile and an exact list"),
         ({"model": 7}, "a int is not a model"),
+        ({"call": {"x": float("nan")}}, "call holds what is no plain value"),
+        ({"call": {"x": "\ud800"}}, "call holds what is no plain value"),
+        ({"call": {"x": object()}}, "call holds what is no plain value"),
     ],
 )
 def test_an_argument_that_cannot_be_meant(arguments: dict[str, Any], part: str) -> None:

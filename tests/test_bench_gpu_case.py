@@ -140,7 +140,7 @@ def test_what_fails_otherwise_says_what_it_was(counter: Counter, monkeypatch: py
     def broken(*_: Any) -> Any:
         raise ValueError("two\n  lines")
 
-    monkeypatch.setattr(weights, "pipeline", broken)
+    monkeypatch.setattr(weights, "weightless", broken)
     outcome = cases.measure(order())
     assert (outcome.status, outcome.because, outcome.phase) == ("failed", "ValueError: two lines", "load")
     assert outcome.measured["where"][-1].startswith("test_bench_gpu_case.py:")

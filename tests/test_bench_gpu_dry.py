@@ -43,6 +43,20 @@ def test_everything_runs_and_the_counted_bytes_are_the_predicted_ones(tmp_path: 
                 assert said == pytest.approx(phase["allocated_bytes"], abs=1024), (run.id, phase["name"])
 
 
+def test_forks_of_one_process_measure_the_same(tmp_path: Path) -> None:
+    ids = ["exact/embedded/128x128/4steps/bfloat16/model", "exact/embedded/128x128/4steps/bfloat16/resident"]
+    listed = tmp_path / "cases.txt"
+    listed.write_text("# in this order\n" + "\n".join(ids) + "\n", encoding="utf-8")
+    plain, forked = tmp_path / "plain.jsonl", tmp_path / "forked.jsonl"
+    harness(ROOT, str(ROOT), "run", "--dry", "--cases", listed, "--out", plain)
+    harness(ROOT, str(ROOT), "run", "--dry", "--cases", listed, "--out", forked, "--fork", "--second-under", "0")
+    one, other = (compare.runs(journal.read(path)) for path in (plain, forked))
+    assert [r.id for r in one] == [r.id for r in other] == ids
+    assert [len(r.measured["calls"]) for r in other] == [1, 1]
+    for mine, its in zip(one, other, strict=True):
+        assert [p["allocated_bytes"] for p in mine.first_phases] == [p["allocated_bytes"] for p in its.first_phases]
+
+
 def test_the_packed_folder_runs_it_too(tmp_path: Path) -> None:
     folder, site = tmp_path / "folder", tmp_path / "site"
     pack.write(folder)

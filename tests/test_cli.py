@@ -56,6 +56,9 @@ USAGE = {
     "bad multiple": (["--auto", *PROMPT, "--height", "100", "--width", "100"], "height: 96 or 112"),
     "seed below": (["--auto", *PROMPT, "--seed", "-1"], "the seed is -1"),
     "seed above": (["--auto", *PROMPT, "--seed", str(2**32)], "between 0 and 4294967295"),
+    "text that is not UTF-8": (["--auto", "--prompt", "\udcff"], "is not text in UTF-8"),
+    "half a character": (["plan", "--call", 'x="\\ud800"'], "is no plain value"),
+    "not a finite number": (["plan", "--call", "x=NaN"], "is no plain value"),
     "bad call": (["--auto", *PROMPT, "--call", "steps"], "is not NAME=VALUE"),
     "bad size": (["--auto", *PROMPT, "--vram", "lots"], "'lots' is not a size"),
     "card that is not here": (
@@ -305,7 +308,7 @@ def test_profiles_list_and_show(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert "  - model_offload" in out
     assert "did you mean 'list'?" in refused(capsys, 2, "profiles", "lisst")
-    assert "takes one name" in refused(capsys, 2, "profiles", "show")
+    assert "are required: NAME|FILE" in refused(capsys, 2, "profiles", "show")
 
 
 def test_an_internal_error_is_a_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,8 +38,8 @@ SLOW = Speeds(
 
 
 def second(count: float = 1) -> Work:
-    """Return work that keeps the device busy for so many seconds."""
-    return Work("memory", "float16", (), int(count * MB))
+    """Return work that keeps the device busy for so many seconds, 3 us of them for its kernel's start and end."""
+    return Work("memory", "float16", (), int(count * MB) - 3)
 
 
 def forward(made: Builder, name: str, work: Work) -> None:
@@ -208,27 +208,71 @@ FAST = dataclasses.replace(SLOW, memory_bytes_per_s=1e12)
         # one row of a tile of 128, ten tiles for 100 multiprocessors; and again where bytes take longer than that
         (Work("matmul", "float16", (1, 1, 1280, 10**4), 0), 2 * 1280 * 10**4 / 1e11 * 128 * 10),
         (Work("matmul", "float16", (1, 1280, 1280, 1280), 10**11), 0.1),
-        # nothing at all takes the shortest kernel's time
-        (Work("matmul", "float16", (1, 0, 1280, 1280), 0), KERNEL_S),
-        (Work("matmul", "float16", (0, 8, 8, 8), 0), KERNEL_S),
-        (Work("group_norm", "float16", (0,), 0), KERNEL_S),
-        # 2.5e9 bytes a second and group: 32 groups read 0.8e9 bytes in 10 ms, and 1.6e9 are moved in 1.6
+        # nothing at all takes the shortest kernel's time, which every kernel takes beside its own
+        (Work("matmul", "float16", (1, 0, 1280, 1280), 0), 0),
+        (Work("matmul", "float16", (0, 8, 8, 8), 0), 0),
+        (Work("group_norm", "float16", (0,), 0), 0),
+        # 1.25e9 values a second and group: 32 groups read 0.8e9 bytes in 10 ms, and 1.6e9 are moved in 1.6
         (Work("group_norm", "float16", (32,), 16 * 10**8), 0.010 + 0.0016),
+        (Work("group_norm", "float32", (32,), 16 * 10**8), 0.005 + 0.0016),
         # a thousand groups read as fast as the memory lets them
         (Work("group_norm", "float16", (1000,), 16 * 10**8), 0.0008 + 0.0016),
         # flash attention of width 128 on 8.0 reaches 0.72, and the other kernel 0.45
         (Work("attention", "float16", (1, 8, 4096, 4096, 128, 1), 0), 4 * 8 * 4096**2 * 128 / 0.72e11),
         (Work("attention", "float16", (1, 8, 4096, 4096, 64, 1), 0), 4 * 8 * 4096**2 * 64 / 0.6e11),
         (Work("attention", "float16", (1, 8, 4096, 4096, 64, 2), 0), 4 * 8 * 4096**2 * 64 / 0.45e11),
-        # 2 x 64 x 32 x 9 operations a pixel out of 16 x 16; transposed, a pixel in of 8 x 8; half of the rate
-        (Work("conv", "float16", (1, 64, 32, 1, 0, 16, 16, 3, 3, 1, 1, 1, 1, 16, 16), 0), 18 * 64 * 32 * 256 / 0.5e11),
-        (Work("conv", "float16", (1, 64, 32, 1, 1, 8, 8, 3, 3, 2, 2, 1, 1, 16, 16), 0), 18 * 64 * 32 * 64 / 0.5e11),
-        (Work("conv", "float16", (1, 64, 64, 64, 0, 64, 3, 1, 1, 64), 0), KERNEL_S),
-        (Work("wait", "", (), 0), 0),
+        # 2 x 64 x 32 x 9 operations a pixel out of 16 x 16; transposed, a pixel in of 8 x 8; half of the rate. The bias
+        # is added to 32 x 16 x 16 values of two bytes, read and written
+        (
+            Work("conv", "float16", (1, 64, 32, 1, 0, 16, 16, 3, 3, 1, 1, 1, 1, 16, 16), 0),
+            18 * 64 * 32 * 256 / 0.5e11 + 2 * 32 * 256 * 2 / 1e12,
+        ),
+        (
+            Work("conv", "float16", (1, 64, 32, 1, 1, 8, 8, 3, 3, 2, 2, 1, 1, 16, 16), 0),
+            18 * 64 * 32 * 64 / 0.5e11 + 2 * 32 * 256 * 2 / 1e12,
+        ),
+        # 10^6 bytes are moved: as often again for each of two conversions
+        (
+            Work("conv", "float16", (1, 64, 64, 64, 0, 64, 3, 1, 1, 64), 10**6),
+            6 * 64 * 64 / 0.5e11 + 2e-6 + 2 * 64 * 64 * 2 / 1e12,
+        ),
     ],
 )
 def test_work(work: Work, expected: float) -> None:
-    assert clock.work_seconds(work, FAST) == pytest.approx(expected)
+    assert clock.work_seconds(work, FAST) == pytest.approx(KERNEL_S + expected)
+
+
+def test_a_wait_is_no_work() -> None:
+    assert clock.work_seconds(Work("wait", "", (), 0), FAST) == 0
+
+
+HOPPER = dataclasses.replace(FAST, capability=(9, 0))
+
+
+@pytest.mark.parametrize(
+    ("work", "expected"),
+    [
+        # tiles of 128 x 256: 10 x 5 of them for 100 multiprocessors; of 128 x 128 in float32, twice as many
+        (Work("matmul", "float16", (1, 1280, 1280, 1280), 0), 2 * 1280**3 / 1e11 / 0.5),
+        (Work("matmul", "float32", (1, 1280, 1280, 1280), 0), 2 * 1280**3 / 1e11),
+        # cuDNN's attention; the memory-efficient kernel, in half precision and as ever in float32
+        (Work("attention", "bfloat16", (1, 24, 4608, 4608, 128, 1), 0), 4 * 24 * 4608**2 * 128 / 0.62e11),
+        (Work("attention", "float16", (1, 1, 4096, 4096, 512, 2), 0), 4 * 4096**2 * 512 / 0.15e11),
+        (Work("attention", "float32", (1, 1, 4096, 4096, 512, 2), 0), 4 * 4096**2 * 512 / 0.45e11),
+        # in TF32 0.74 of the rate, in half precision 0.47; a product of planes converts no layout
+        (
+            Work("conv", "float32", (1, 64, 32, 1, 0, 16, 16, 3, 3, 1, 1, 1, 1, 16, 16), 10**6),
+            18 * 64 * 32 * 256 / 0.74e11 + 2e-6 + 2 * 32 * 256 * 4 / 1e12,
+        ),
+        (
+            Work("conv", "float16", (1, 64, 32, 1, 0, 16, 16, 1, 1, 1, 1, 1, 1, 16, 16), 10**6),
+            2 * 64 * 32 * 256 / 0.47e11 + 2 * 32 * 256 * 2 / 1e12,
+        ),
+    ],
+)
+def test_work_on_hopper(work: Work, expected: float) -> None:
+    speed = dataclasses.replace(HOPPER, peak_flop_per_s={"bfloat16": 1e11} | HOPPER.peak_flop_per_s)
+    assert clock.work_seconds(work, speed) == pytest.approx(KERNEL_S + expected)
 
 
 def test_loading_is_the_files_read_and_what_is_resident_copied() -> None:

@@ -42,6 +42,7 @@ def group(pipe: Any, **more: Any) -> None:
     pipe.enable_group_offload(onload_device=CPU, offload_type="leaf_level", use_stream=False, **more)
 
 
+@pytest.mark.rule("model-offload-or-sequential-offload")
 def test_sequential_after_model_leaves_only_sequential(pipe: Any) -> None:
     pipe.enable_model_cpu_offload(device="cpu")
     assert hook(pipe.transformer) == "CpuOffload"
@@ -50,6 +51,7 @@ def test_sequential_after_model_leaves_only_sequential(pipe: Any) -> None:
     assert on_meta(pipe.transformer)
 
 
+@pytest.mark.rule("model-offload-or-group-offload", "sequential-offload-or-group-offload")
 @pytest.mark.parametrize("first", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 def test_group_after_an_offload_is_refused(pipe: Any, first: str) -> None:
     getattr(pipe, first)(device="cpu")
@@ -57,6 +59,7 @@ def test_group_after_an_offload_is_refused(pipe: Any, first: str) -> None:
         group(pipe)
 
 
+@pytest.mark.rule("model-offload-or-group-offload", "sequential-offload-or-group-offload")
 @pytest.mark.parametrize("second", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
 def test_an_offload_after_group_is_refused(pipe: Any, second: str) -> None:
     group(pipe)
@@ -64,18 +67,21 @@ def test_an_offload_after_group_is_refused(pipe: Any, second: str) -> None:
         getattr(pipe, second)(device="cpu")
 
 
+@pytest.mark.rule("resident-or-sequential-offload")
 def test_moving_an_offloaded_pipeline_to_the_device_loses_the_offload(pipe: Any) -> None:
     pipe.enable_sequential_cpu_offload(device="cpu")
     with pytest.raises(NotImplementedError, match="meta tensor"):
         pipe.to("cpu")
 
 
+@pytest.mark.rule("resident-or-group-offload")
 def test_moving_a_group_offloaded_pipeline_does_nothing(pipe: Any) -> None:
     group(pipe)
     pipe.to(torch.float16)
     assert pipe.transformer.dtype == torch.float32
 
 
+@pytest.mark.rule("casting-before-sequential-offload")
 def test_casting_after_sequential_offload_casts_nothing(pipe: Any) -> None:
     pipe.enable_sequential_cpu_offload(device="cpu")
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
@@ -90,6 +96,7 @@ def test_casting_before_sequential_offload_casts(pipe: Any) -> None:
     assert layer._hf_hook.weights_map["weight"].dtype == torch.float8_e4m3fn
 
 
+@pytest.mark.rule("casting-computes-in-the-dtype")
 def test_casting_that_computes_in_another_dtype_does_not_run(pipe: Any) -> None:
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="dtype"):
@@ -103,6 +110,7 @@ def fuse(pipe: Any) -> Any:
     return pipe.transformer.transformer_blocks[0].attn.to_qkv
 
 
+@pytest.mark.rule("fused-qkv-before-casting")
 @pytest.mark.parametrize("storage", [torch.float16, torch.float8_e4m3fn])
 def test_fusing_after_casting_does_not_run(pipe: Any, storage: torch.dtype) -> None:
     pipe.transformer.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
@@ -122,6 +130,7 @@ def test_fusing_before_casting_casts_the_fused_weights(pipe: Any) -> None:
     draw(pipe)
 
 
+@pytest.mark.rule("fused-qkv-before-sequential-offload")
 def test_fusing_after_sequential_offload_does_not_run(pipe: Any) -> None:
     pipe.enable_sequential_cpu_offload(device="cpu")
     layer = fuse(pipe)
@@ -131,6 +140,7 @@ def test_fusing_after_sequential_offload_does_not_run(pipe: Any) -> None:
         layer(torch.zeros(1, layer.in_features)) + torch.zeros(1, layer.out_features)
 
 
+@pytest.mark.rule("fused-qkv-before-group-offload")
 @pytest.mark.parametrize("is_first", [True, False])
 def test_layers_fused_after_group_offload_are_in_no_group(pipe: Any, is_first: bool) -> None:
     if is_first:
@@ -143,6 +153,7 @@ def test_layers_fused_after_group_offload_are_in_no_group(pipe: Any, is_first: b
     assert hasattr(layer, "_diffusers_hook") is is_first
 
 
+@pytest.mark.rule("fused-qkv-or-sliced-attention")
 def test_of_fused_and_sliced_attention_the_second_undoes_the_first() -> None:
     pipe, _ = pipelines.made("sd")
     run.change(pipe, [optimizers.spec(n).step() for n in ("attention_slicing", "fuse_qkv")], "float32")
@@ -179,7 +190,7 @@ OF_CLASS = {
     type_of: (model, name)
     for model in map(_shallow, catalogue.ids())
     for name in attention.DENOISERS
-    if name in model.components and (type_of := model._class_of(model.components[name]))
+    if name in model.components and (type_of := model.class_of(model.components[name]))
 }
 
 
@@ -202,6 +213,7 @@ def test_the_classes_that_are_said_to_fuse_compute_so_in_a_dry_run(cls: str) -> 
     assert any(e.sign == ">" and e.name.startswith(name) and e.name.endswith(("to_qkv", "to_kv")) for e in found.told())
 
 
+@pytest.mark.rule("fused-qkv-needs-an-attention-that-fuses")
 @pytest.mark.parametrize("cls", sorted(attention.FUSES_NOT - {"LTXVideoTransformer3DModel"}))
 def test_a_denoiser_that_is_said_not_to_fuse_does_not(cls: str) -> None:
     model, name = OF_CLASS[cls]
@@ -215,6 +227,7 @@ def test_a_denoiser_that_is_said_not_to_fuse_does_not(cls: str) -> None:
     assert not any(getattr(m, "fused_projections", False) for m in module.modules())
 
 
+@pytest.mark.rule("fused-qkv-needs-an-attention-that-fuses")
 def test_what_ltx_fuses_is_never_used() -> None:
     pipe, call = pipelines.made("ltx")
     with pytest.raises(IncompatibleError, match="fuse_qkv cannot act on LTXPipeline"):
@@ -224,6 +237,7 @@ def test_what_ltx_fuses_is_never_used() -> None:
     assert _fused_that_compute(pipe, call) == 0
 
 
+@pytest.mark.rule("fused-qkv-needs-an-attention-that-fuses")
 def test_fused_attention_without_a_text_does_not_run() -> None:
     """Stable Diffusion 3.5 medium has such a second attention in its first blocks."""
     from diffusers import SD3Transformer2DModel
@@ -239,6 +253,7 @@ def test_fused_attention_without_a_text_does_not_run() -> None:
         pipe(**call)
 
 
+@pytest.mark.rule("attention-slicing-needs-a-unet")
 def test_only_some_unets_have_sliced_attention() -> None:
     for cls in attention.SLICES | attention.FUSES | attention.FUSES_NOT:
         assert hasattr(getattr(diffusers, cls), "set_attention_slice") is (cls in attention.SLICES), cls
@@ -286,6 +301,7 @@ def _decodes(pipe: Any, name: str, **more: Any) -> int:
     return count
 
 
+@pytest.mark.rule("slicing-a-single-picture")
 def test_slicing_acts_only_on_batches(pipe: Any) -> None:
     pipe.vae.enable_slicing()
     assert _decodes(pipe, "one") == 1
@@ -294,6 +310,7 @@ def test_slicing_acts_only_on_batches(pipe: Any) -> None:
     assert _decodes(pipe, "three whole", num_images_per_prompt=3) == 1
 
 
+@pytest.mark.rule("tiling-a-small-picture")
 def test_tiling_starts_strictly_above_the_tile(pipe: Any) -> None:
     pipe.vae.enable_tiling()
     side = pipe.vae.config.sample_size

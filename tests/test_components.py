@@ -13,7 +13,7 @@ import engine
 from engine import facts
 from engine.dryrun import build, run
 from engine.errors import ModelError
-from engine.estimate import store, tracefile
+from engine.estimate import dryrunner, store, tracefile
 from engine.estimate.trace import Trace
 from engine.facts.model import Model
 from engine.values import Request
@@ -58,7 +58,7 @@ def traced() -> Trace:
     return run.trace(facts.find(None), SIZE, "float32")
 
 
-class Here:
+class Here(dryrunner.DryRunner):
     """Makes dry runs in this process, where it is patched."""
 
     def trace(self, model: Model, request: Request, dtype: str, changes: Any = (), **more: Any) -> bytes:

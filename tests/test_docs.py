@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shlex
@@ -10,10 +11,13 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
-from engine import optimizers, profiles
+import engine
+from engine import lock, optimizers, profiles, scenarios
+from engine.cli import profiles as profiles_command
 from engine.cli.options import COMMANDS, Parser
-from engine.errors import ProfileError
+from engine.errors import DgRunError
 from tests.conftest import write
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +32,8 @@ def _blocks(kind: str) -> Iterator[tuple[str, str]]:
 
 def _parser(words: list[str]) -> tuple[Parser, list[str]]:
     name = words.pop(0) if words and words[0] in COMMANDS else "generate"
+    if name == "profiles":
+        return profiles_command.parser(words.pop(0)), words
     made: Parser = import_module(f"engine.cli.{name}").parser()
     return made, words
 
@@ -50,12 +56,23 @@ def test_there_are_commands_in_the_documentation() -> None:
     assert len(COMMAND_LINES) >= 5
 
 
-@pytest.mark.parametrize(("page", "text"), list(_blocks("yaml")))
-def test_a_profile_in_the_documentation_is_valid(page: str, text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("page", "text"), [(p, t) for p, t in _blocks("yaml") if "schema: dg-run/lock@" not in t])
+def test_a_profile_or_scenario_in_the_documentation_is_valid(page: str, text: str, tmp_path: Path) -> None:
+    path = write(tmp_path, "example.yaml", text)
     try:
-        profiles.load(write(tmp_path, "example.yaml", text), page)
-    except ProfileError as error:
+        if "dg-run/profile@" in text:
+            profiles.load(path, page)
+        elif text.startswith("why:"):
+            assert scenarios.run(scenarios.load(path)).differences == ()
+        else:
+            yaml.safe_load(text)  # for another program: pre-commit, or a CI
+    except DgRunError as error:
         pytest.fail(str(error))
+
+
+@pytest.mark.parametrize(("page", "text"), [(p, t) for p, t in _blocks("yaml") if "schema: dg-run/lock@" in t])
+def test_a_lock_in_the_documentation_is_whole(page: str, text: str) -> None:
+    assert lock.parse(text, page).text() == text
 
 
 @pytest.mark.parametrize(("page", "text"), list(_blocks("python")))
@@ -65,8 +82,10 @@ def test_python_in_the_documentation_compiles(page: str, text: str) -> None:
 
 def test_every_option_is_in_the_reference() -> None:
     text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
-    for name in ("generate", *COMMANDS):
-        for action in import_module(f"engine.cli.{name}").parser()._actions:
+    parsers = [import_module(f"engine.cli.{name}").parser() for name in ("generate", *COMMANDS)]
+    parsers += [profiles_command.parser(action) for action in profiles_command.ACTIONS]
+    for made in parsers:
+        for action in made._actions:
             for option in action.option_strings:
                 if option.startswith("--") and option not in ("--help", "--version"):
                     assert f"`{option}" in text or f" {option}" in text, option
@@ -93,5 +112,12 @@ def test_what_is_assumed_of_cards_is_said_to_be() -> None:
     for name in ("speeds.json", "libraries.json"):
         content = json.loads((ROOT / "engine" / "gpus" / name).read_text(encoding="utf-8"))
         found |= {key for key, entry in content.items() if '"evidence": "assumed' in json.dumps(entry)}
-    assert found == {"tensor_fetch_s", "convolution_share", "group_s"}
+    assert found == {"convolution_share", "group_s"}
     assert all(f"| `{name}`" in text for name in found)
+
+
+def test_every_argument_of_resolve_has_its_row_with_its_type() -> None:
+    text = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    rows = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in text.splitlines() if line.startswith("| `")]
+    told = {name for names in rows for name in names}
+    assert set(inspect.signature(engine.resolve).parameters) <= told

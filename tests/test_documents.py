@@ -74,7 +74,7 @@ def test_all_problems_are_told_at_once() -> None:
         ("a: !!python/object/apply:os.system [echo]", "not allowed"),
         ("a: !!binary aGk=", "not allowed"),
         ("a: !own x", "not allowed"),
-        ("a:\n\tb: 1", "cannot start any token"),
+        ("a:\n\tb: 1", "found a tab character that indents"),
         ("a: [1", "expected"),
         ("a: *nowhere", "undefined alias"),
         ("a: \x00", "not allowed in YAML"),

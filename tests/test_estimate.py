@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 import engine
 from engine import facts, optimizers, validation
 from engine.errors import IncompatibleError
-from engine.estimate import between, placements, whole
+from engine.estimate import between, bounds, placements, whole
 from engine.estimate.trace import Builder, Trace, TracedModule, Work
 from engine.plan import Plan
 from engine.values import Estimate, HostBytes, Step
 from tests import toys
 from tests.conftest import GIB, RTX_4090, card, machine
 
-BASE = whole.HOST_BASE_BYTES
+BASE = bounds.HOST_BASE_BYTES
 PLACEMENTS = ("resident", "model_offload", "sequential_offload", "group_offload")
 
 
@@ -225,7 +225,7 @@ def test_within_a_budget_what_is_cached_stops_at_it() -> None:
 
 def plan(*named: str | Mapping[str, object], free_gib: float = 23.0) -> Plan:
     listed = [{"name": s.name, "params": dict(s.params)} for s in steps(*named)]
-    return engine.resolve(optimizers=listed, hardware=machine(card(free_gib, name=RTX_4090)))
+    return engine.resolve(optimizers=listed, prompts_known=True, hardware=machine(card(free_gib, name=RTX_4090)))
 
 
 BLOCKS = {"group_offload": {"type": "block_level", "use_stream": False}}
@@ -313,7 +313,7 @@ def test_a_choice_with_estimates_fits_and_says_what_the_others_would_take() -> N
     assert made.profile is not None
     assert made.profile.name in ("low", "medium")
     slow = {r.profile: r.because for r in made.rejected if r.rule == "preferred"}["extreme-low"]
-    assert f"where {made.profile.name} takes {made.estimate.seconds:.2f}" in slow
+    assert f"the choice {made.estimate.seconds:.2f} s" in slow
     assert "it fits" in made.explain()
 
 

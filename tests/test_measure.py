@@ -150,8 +150,19 @@ def test_a_convolutions_workspace_is_what_was_taken_beside_its_output() -> None:
 
 
 def test_starting_an_operator() -> None:
-    """Two forwards of two layers of four operators: sixteen."""
-    assert measure.launch(Fake(9, 1.6), SMALL, "float32") == pytest.approx(0.1)
+    """Two forwards of two blocks of 22 operators each: 88.
+
+    Of a block: three norms, three sums, two attentions of four products, one kernel and one scaling, and the
+    feed-forward's two products, its activation and what that is multiplied with: 3 + 3 + 2 x 6 + 4.
+    """
+    assert measure.launch(Fake(9, 8.8), SMALL, "float32") == pytest.approx(0.1)
+
+
+def test_operators_are_counted_as_a_dry_run_counts_them() -> None:
+    given = torch.ones(4, 4)
+    assert measure.started(lambda: (given @ given).t().add_(1), "cpu") == 2, "views start nothing"
+    with pytest.raises(NotMeasured, match="no operator"):
+        measure.started(lambda: given.t(), "cpu")
 
 
 def test_fetching_a_tensor_by_the_librarys_own_hooks() -> None:

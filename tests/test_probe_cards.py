@@ -76,6 +76,19 @@ def test_one_idle_card(show: Show) -> None:
     assert (seen.faults, seen.notes, seen.no_gpu_because) == ((), (), None)
 
 
+def test_a_real_card_is_seen_as_it_was_on_its_machine(show: Show) -> None:
+    """The topology was read off it, and what the probe made of it there is in the records of the GPU harness."""
+    (path, *_) = sorted((ROOT / "bench" / "gpu" / "results").glob("h200-*.jsonl"))
+    with path.open(encoding="utf-8") as file:
+        there: dict[str, Any] = json.loads(next(file))["machine"]["gpu"]
+    (gpu,) = show("one-h200").gpus
+    for name in there.keys() - {"uuid", "free_bytes", "reserved_bytes", "processes"}:
+        assert getattr(gpu, name) == there[name], name
+    assert abs((gpu.free_bytes or 0) - there["free_bytes"]) < MIB, "a topology has whole MiB"
+    row = gpus.row_of(gpu)
+    assert row is not None and row.name == "H200"
+
+
 def test_who_uses_a_busy_card_is_told_without_folders(show: Show) -> None:
     (gpu,) = show("one-busy-card").gpus
     assert [(p.pid, p.name, p.used_bytes) for p in gpu.processes] == [

@@ -86,7 +86,12 @@ BAD = {
     "bad-size": ("7.2GiB", "7.2 gigs", '6:25: "7.2 gigs" is not a size with its unit, such as 7.2GiB', ""),
     "bare-size": ("7.2GiB", "8", "6:25: 8 is not text", ""),
     "zero-size": ("7.2GiB", "0GiB", "6:25: '0GiB' is out of range", ""),
-    "newer-format": ("profile@1", "profile@2", '1:9: "dg-run/profile@2" should be "dg-run/profile@1"', ""),
+    "newer-format": (
+        "profile@1",
+        "profile@2",
+        "1:9: dg-run/profile@2 is of a newer dg-run; this one reads dg-run/profile@1",
+        "update dg-run",
+    ),
     "version": ("1.2.3", "1.2", "3:10: 1.2 is not text", ""),
     "twice": ("  - vae_tiling\n", "  - vae_tiling\n  - vae_tiling\n", "10:5: vae_tiling is listed twice", ""),
     "clash": (
@@ -103,7 +108,7 @@ BAD = {
         "",
     ),
     "missing": ("summary: ours\n", "", "1:1: the key 'summary' is missing", ""),
-    "tab": ("  - vae_tiling", "\t- vae_tiling", "found a tab character", "never with tabs"),
+    "tab": ("  - vae_tiling", "\t- vae_tiling", "9:1: found a tab character that indents", "never with tabs"),
     "duplicate-key": (
         "summary: ours",
         "summary: ours\nname: other",
@@ -142,6 +147,15 @@ def test_all_mistakes_are_told_at_once_in_their_order(tmp_path: Path) -> None:
         profiles.load(write(tmp_path, "bad.yaml", text), "bad.yaml")
     found = [line for line in caught.value.why.splitlines() if "bad.yaml:" in line]
     assert [line.rpartition("bad.yaml:")[2].split(":")[0] for line in found] == ["2", "8", "9"]
+
+
+def test_what_is_wrong_in_one_place_hides_nothing_in_another(tmp_path: Path) -> None:
+    text = GOOD.replace("7.2GiB", "0GiB").replace("  - vae_tiling\n", "  - model_offload\n").replace("1.2.3", "1.2")
+    text = text.replace("summary", "fallback: nobody\nsummary") + "prefer: sped\n"
+    with pytest.raises(ProfileError) as caught:
+        profiles.load(write(tmp_path, "bad.yaml", text), "bad.yaml")
+    for said in ("3:10: 1.2 is", "4:11: there is no", "7:25: '0GiB'", "11:5: model_offload and", "12:9: 'sped'"):
+        assert said in caught.value.why
 
 
 def test_the_line_is_shown_with_a_caret(tmp_path: Path) -> None:
@@ -183,3 +197,51 @@ def test_the_committed_schema_is_the_generated_one() -> None:
         [sys.executable, "-m", "tools.make_schemas", "--check"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("path", sorted(paths.data_dir("schema").glob("*.schema.json")), ids=lambda p: p.stem)
+def test_a_schema_is_one_of_the_draft_that_it_says(path: Path) -> None:
+    schema = json.loads(path.read_text(encoding="utf-8"))
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    jsonschema.Draft202012Validator.check_schema(schema)
+
+
+@pytest.mark.parametrize("path", sorted(paths.data_dir("profiles").glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_first_line_of_a_built_in_profile_leads_an_editor_to_the_schema(path: Path) -> None:
+    marked, target = path.read_text(encoding="utf-8").splitlines()[0].split("$schema=")
+    assert marked == "# yaml-language-server: "
+    assert (path.parent / target).resolve() == paths.data_dir("schema") / "profile.schema.json"
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [
+        ("1.0.0", True),
+        ("0.0.0-0", True),
+        ("1.0.0-alpha.1+build.5", True),
+        ("1.0.0+001", True),
+        ("1.0.0--", True),
+        ("1.0", False),
+        ("01.0.0", False),
+        ("1.0.0-01", False),
+        ("1.0.0-a..b", False),
+        ("1.0.0+", False),
+        (" 1.0.0", False),
+    ],
+)
+def test_versions_are_semantic(tmp_path: Path, text: str, is_one: bool) -> None:
+    path = write(tmp_path, "team.yaml", GOOD.replace("1.2.3", json.dumps(text)))
+    if is_one:
+        assert profiles.load(path, "x").version == text
+    else:
+        with pytest.raises(ProfileError, match="is not a semantic version"):
+            profiles.load(path, "x")
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"),
+    [("8GiB", 8 * 2**30), ("8GB", 8 * 10**9), ('"8 GB"', 8 * 10**9), ("7.5 GiB", 15 * 2**29), ("512mib", 2**29)],
+)
+def test_sizes_have_units_and_gb_is_not_gib(tmp_path: Path, text: str, size_bytes: int) -> None:
+    path = write(tmp_path, "team.yaml", GOOD.replace("7.2GiB", text))
+    assert profiles.load(path, "x").match.free_vram_at_least_bytes == size_bytes

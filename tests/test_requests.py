@@ -143,14 +143,14 @@ def test_a_call_that_is_nested_beyond_reason_is_refused(answers: Any) -> None:
 def test_a_mistake_of_ours_in_one_answer_keeps_nobody_from_the_others(
     answers: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = requests._plan
+    real = requests.arguments
 
     def broken(request: Any) -> Any:
         if request.get("height") == 64:
             raise ZeroDivisionError("oops")
         return real(request)
 
-    monkeypatch.setattr(requests, "_plan", broken)
+    monkeypatch.setattr(requests, "arguments", broken)
     first, second = answers(line(id="a", height=64), line(id="b"))
     assert (first["id"], first["error"]["code"]) == ("a", 1)
     assert "ZeroDivisionError: oops" in first["error"]["what"]
@@ -197,7 +197,7 @@ def test_it_takes_no_other_option(
     path = tmp_path / "x.jsonl"
     path.write_text("{}")
     assert cli.main(["plan", *(w.format(path) for w in written), *more]) == 2
-    assert "takes no other option" in capsys.readouterr().err
+    assert "contradict each other" in capsys.readouterr().err
     assert cli.main(["plan", *(w.format(path) for w in written)]) == 0
 
 

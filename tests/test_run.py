@@ -139,6 +139,17 @@ def test_what_does_nothing_on_a_model_is_said_in_the_plan_and_passed_over(pipe: 
         applied(pipe, step("attention_slicing"))
 
 
+def test_a_switch_that_a_vae_does_not_have_is_passed_over_where_the_plan_says_so(pipe: Any) -> None:
+    from diffusers import AsymmetricAutoencoderKL
+
+    plan = plan_for("vae_slicing", "vae_tiling", height=64, width=64)
+    assert {n.optimizer for n in plan.notes if n.kind == "no_effect"} == {"vae_slicing", "vae_tiling"}
+    pipe.vae = AsymmetricAutoencoderKL(down_block_out_channels=(8,), up_block_out_channels=(8,), norm_num_groups=2)
+    assert load.apply(plan, pipe) is pipe
+    with pytest.raises(IncompatibleError, match="vae_tiling cannot act"):
+        load.apply(plan_for("vae_tiling", height=256, width=256), pipe)
+
+
 def test_fp8_storage_keeps_the_picture_near(pipe: Any) -> None:
     plain = draw(pipe, num_inference_steps=8)
     applied(pipe, step("layerwise_casting"))

@@ -112,7 +112,7 @@ def test_a_weight_that_two_cast_layers_share_is_kept_once() -> None:
 
 def test_workspaces_live_while_their_operator_computes_and_those_for_good_are_taken_once() -> None:
     conv, product, other = (Work(kind, "float16", (), 0) for kind in ("conv", "matmul", "memory"))
-    takes = {"conv": Taken(bytes=50, is_given_up=True), "matmul": Taken(bytes=3, for_good_bytes=1000)}
+    takes = {"conv": Taken(bytes=50, is_given_up=True), "matmul": Taken(bytes=3, for_good_bytes=(1000,))}
     trace = toys.trace(run("=denoise", product, 8, conv, product, other, conv, product))
     made = stream.build(trace, Resident(trace), lambda w: takes.get(w.kind, Taken()))
     assert asked(made) == [

@@ -119,6 +119,7 @@ WIDENED = [
 ]
 
 
+@pytest.mark.rule("streamed-leaves-stay-narrow")
 @pytest.mark.parametrize(("name", "placed"), WIDENED)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_vae_that_is_widened_does_not_run_from_a_stream(name: str, dtype: str, placed: str) -> None:

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 
 import engine.gpus
+from engine import versions
 from engine.estimate import workspaces
 from engine.estimate.stream import Taken
 from engine.estimate.trace import Work
 from engine.units import GIB, MIB
 
 DATA = Path(engine.gpus.__file__).parent
+RESULTS = Path(__file__).parents[1] / "bench" / "gpu" / "results"
 
 
 def conv(
@@ -67,6 +69,82 @@ def test_channels_are_padded_to_whole_groups_of_eight() -> None:
     assert workspaces.converted_bytes(work, ["input"]) == pixels * 128 * 2 + 128 * 8 * 9 * 2
 
 
+def measured(name: str) -> list[dict[str, Any]]:
+    """Return the convolutions that were measured on a card, of one model or of the edge cases."""
+    found = [json.loads(line) for path in sorted(RESULTS.glob("h200-*.jsonl")) for line in path.open(encoding="utf-8")]
+    (record,) = (r for r in found if r["id"] == name)
+    return [c for c in record["measured"]["convolutions"] if "because" not in c]
+
+
+def explained(one: dict[str, Any]) -> tuple[int, int]:
+    """Return what is said of a convolution's workspace on 9.0, and what was measured."""
+    work = Work("conv", one["work"]["dtype"], tuple(one["work"]["dims"]), one["work"]["moved_bytes"])
+    return workspaces.convolution_bytes(work, (9, 0)), one["first_bytes"]
+
+
+@pytest.mark.parametrize("model", ["FLUX.1-dev", "Wan2.1-1.3B", "SDXL"])
+def test_the_workspaces_that_an_h200_took_for_the_decoders_of_models(model: str) -> None:
+    """Within a block of the allocator, which keeps a rest of up to 1 MiB.
+
+    The exceptions are those in TF32 whose kernels share out the tiles of the last wave: at most a tile of 256 x 128
+    float32 for each of 132 multiprocessors more.
+    """
+    for one in measured(f"machine/convolutions/{model}"):
+        said, taken = explained(one)
+        shares = any("init_device_workspace" in k for k in one["kernels"])
+        assert -MIB < taken - said <= (132 * 256 * 128 * 4 if shares else MIB), one["work"]
+
+
+def test_the_workspaces_that_an_h200_took_at_the_edges() -> None:
+    """Convolutions that are unlike the others in one thing. All but some in TF32 with few channels out are explained.
+
+    Of these the output is not converted, and why of these is not known: 64, 100 and 4 channels, and not 3.
+    """
+    off = []
+    for one in measured("machine/edges"):
+        said, taken = explained(one)
+        shares = any("init_device_workspace" in k for k in one["kernels"])
+        if not -MIB < taken - said <= (132 * 256 * 128 * 4 if shares else MIB):
+            dims, dtype = one["work"]["dims"], one["work"]["dtype"]
+            off.append((dtype, *dims[1:3], len(dims) // 5 - 1, said > taken))
+    assert set(off) <= {
+        ("float32", 64, 64, 1, True),
+        ("float32", 100, 100, 2, True),
+        ("float32", 3, 1024, 2, True),
+        ("float16", 3, 1024, 2, True),
+        ("bfloat16", 3, 1024, 2, True),
+    }
+
+
+def test_filters_of_one_pixel_are_a_product_of_planes_on_hopper() -> None:
+    """None is taken where the planes are whole 16 bytes, as 128 x 128 are, and 166 x 166 in float32 alone."""
+    for side, dtype, is_product in ((128, "float16", True), (166, "bfloat16", False), (166, "float32", True)):
+        work = conv(dtype, channels=(512, 256), side=side, kernel=1)
+        assert workspaces.is_product(work, (9, 0)) == is_product
+        assert not workspaces.is_product(work, (8, 9)), "not known there"
+        assert (workspaces.convolution_bytes(work, (9, 0)) == 0) == is_product
+    strided = Work("conv", "float16", (1, 512, 512, 1, 0, 128, 128, 1, 1, 2, 2, 1, 1, 64, 64), 0)
+    assert workspaces.convolution_bytes(strided, (9, 0)) == 512 * (128 * 128 + 64 * 64) * 2
+
+
+@pytest.mark.parametrize(
+    ("version", "more"), [("2.11.0+cu130", (MIB,)), ("2.12.0", ()), ("2.13.0+cpu", ()), (None, ())]
+)
+def test_cublaslt_has_a_workspace_of_its_own_before_torch_2_12(
+    version: str | None, more: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured on an H200 with 2.11; executed by the CUDA builds of 2.11, 2.12 and 2.13 without a card."""
+    versions.torch.cache_clear()
+    monkeypatch.setattr(versions, "installed", lambda name: version)
+    product = Work("matmul", "float16", (1, 8, 8, 8), 0)
+    assert workspaces.taken(product, (9, 0)).for_good_bytes == (32 * MIB, *more)
+    versions.torch.cache_clear()
+
+
+def test_a_stream_of_copies_takes_more_of_the_driver() -> None:
+    assert workspaces.context_bytes((9, 0), copies_aside=True) - workspaces.context_bytes((9, 0)) == 70 * MIB
+
+
 def test_grouped_filters_are_so_many_times_fewer() -> None:
     work = conv(channels=(64, 64), side=16, groups=4)
     assert workspaces.converted_bytes(work, ["input"]) == 16 * 16 * 64 * 2 + 64 * 64 // 4 * 9 * 2
@@ -77,11 +155,18 @@ def test_a_depthwise_convolution_takes_nothing() -> None:
     assert workspaces.convolution_bytes(conv(channels=(1, 1)), (8, 0)) > 0  # one channel is no group
 
 
-def test_an_output_of_two_to_the_31_elements_is_not_converted() -> None:
-    """FLUX.1-dev's decoder at batch 8: 8 x 256 x 1024 x 1024 = 2^31. At batch 7 there is one."""
+@pytest.mark.parametrize(
+    ("cudnn", "converted"), [((9, 1, 0), False), ((9, 3, 0), True), ((9, 19, 0), True), (None, True)]
+)
+def test_an_output_of_two_to_the_31_elements_is_converted_since_cudnn_counts_so_many(
+    cudnn: tuple[int, ...] | None, converted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FLUX.1-dev's decoder at batch 8: 8 x 256 x 1024 x 1024 = 2^31; measured with cuDNN 9.19: 8,592,031,744 bytes."""
+    monkeypatch.setattr(versions, "cudnn", lambda: cudnn)
     assert 8 * 256 * 1024 * 1024 == 2**31
-    assert workspaces.convolution_bytes(conv(batch=8), (8, 0)) == 0
-    assert workspaces.convolution_bytes(conv(batch=7), (8, 0)) == 7 * GIB + 1_179_648
+    assert workspaces.convolution_bytes(conv("bfloat16", batch=8), (9, 0)) == (8_591_114_240 if converted else 0)
+    assert workspaces.convolution_bytes(conv("bfloat16", batch=7), (9, 0)) == 7 * GIB + 1_179_648
+    assert MIB > 8_592_031_744 - 8_591_114_240, "what the allocator rounds to is left in the block"
 
 
 def test_a_convolution_in_float64_is_not_cudnns() -> None:
@@ -143,8 +228,8 @@ def test_before_ampere_the_memory_efficient_kernel_takes_the_place_of_the_flash_
 def test_products_share_one_workspace_for_good() -> None:
     """2 x 4096 KiB + 8 x 16 KiB = 8320 KiB; from 9.0 on 32 MiB."""
     product = Work("matmul", "float16", (1, 8, 8, 8), 0)
-    assert workspaces.taken(product, (8, 6)) == Taken(for_good_bytes=8320 * 1024)
-    assert workspaces.taken(product, (9, 0)) == workspaces.taken(product, (12, 0)) == Taken(for_good_bytes=32 * MIB)
+    assert workspaces.taken(product, (8, 6)) == Taken(for_good_bytes=(8320 * 1024,))
+    assert workspaces.taken(product, (9, 0)) == workspaces.taken(product, (12, 0)) == Taken(for_good_bytes=(32 * MIB,))
 
 
 def test_what_only_moves_bytes_takes_nothing() -> None:

@@ -196,8 +196,8 @@ def _sizes(name: str, draw: random.Random) -> FrozenDict:
 def is_permitted(case: Case) -> bool:
     """Whether no rule of the compatibility schema is broken."""
     dtype = _step("dtype", value=case.dtype)
-    facts = compat.situation((dtype, *case.steps), "cuda", case.call.get("num_images_per_prompt", 1), None)
-    return not any(f.breaks for f in compat.findings((dtype, *case.steps), facts))
+    facts = compat.Facts(device="cuda", batch=case.call.get("num_images_per_prompt", 1), libraries=compat.installed())
+    return not any(f.breaks for f in compat.under(facts).findings((dtype, *case.steps)))
 
 
 def acts(case: Case) -> bool:

@@ -12,7 +12,7 @@ import engine
 from bench.accuracy import executed, published
 from bench.accuracy.executed import Case
 from bench.accuracy.published import Point
-from bench.gpu import journal, report
+from bench.gpu import compare, journal, report
 from engine.estimate.whole import MARGIN
 from engine.units import GIB
 
@@ -158,6 +158,11 @@ def _points(points: Sequence[Point], unit: float, name: str) -> str:
     return _table("point", f"interval, {name}", f"published {name}", f"predicted {name}", "error", rows=rows, texts=2)
 
 
+def _gpu_runs() -> list[compare.Run]:
+    """Return the runs on GPUs of ours, as predicted now."""
+    return compare.runs((r for f in sorted(_GPU_RESULTS.glob("*.jsonl")) for r in journal.read(f)), anew=True)
+
+
 def _gpus() -> str:
     files = sorted(_GPU_RESULTS.glob("*.jsonl"))
     if not files:
@@ -167,7 +172,7 @@ def _gpus() -> str:
         )
     records = [r for f in files for r in journal.read(f)]
     # The report's own headings become one level lower.
-    body = report.page(records, anew=True).splitlines()[1:]
+    body = report.page(records, anew=True, brief=True).splitlines()[1:]
     return "\n".join(f"#{line}" if line.startswith("#") else line for line in body).strip()
 
 
@@ -189,4 +194,9 @@ def _intervals(
         "published, allocated bytes": (len(judged), sum(p.is_inside for p in judged)),
         "published, seconds": (len(seconds), sum(p.is_inside for p in seconds)),
     }
+    measured = compare.points(_gpu_runs())
+    for of, name in (("allocated", "allocated bytes"), ("seconds", "seconds")):
+        if of in measured:
+            one = compare.summary(measured[of])
+            found[f"measured on a GPU, {name}"] = (one.judged, one.inside)
     return (f"| {name} | {count:,} | {inside:,} |" for name, (count, inside) in found.items())

@@ -8,10 +8,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.gpu import machines, matrix, runner
+from bench.gpu import machines, matrix, prefetch, runner
+from bench.gpu.forked import Nursery
 from bench.gpu.journal import Journal, read
 from engine import arguments
-from engine.errors import INTERRUPTED_EXIT_CODE, DgRunError, UsageError
+from engine.errors import INTERRUPTED_EXIT_CODE, DgRunError, HardwareError, UsageError
+from engine.values import Hardware
 
 _DEFAULT_OUT = "gpu-results.jsonl"
 _PACKAGES = (
@@ -45,11 +47,24 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--models", default="", help="only these, by their names in matrix.yaml, with commas")
         command.add_argument("--budgets", default="", help="emulated cards instead of the set's own: 8GiB,12GiB")
         command.add_argument("--only", default="", metavar="TEXT", help="only cases whose ids hold this text")
+        command.add_argument("--cases", type=Path, metavar="FILE", help="these ids, one a line, instead of a set")
         command.add_argument("--steps", type=int, help="denoising steps of a call, instead of the matrix's")
         command.add_argument("--dry", action="store_true", help="on the device that counts bytes, without a card")
     measure.add_argument("--out", type=Path, default=Path(_DEFAULT_OUT), help=f"file to add to ({_DEFAULT_OUT})")
     measure.add_argument("--minutes", type=float, default=60.0, help="stop after so long (60)")
     measure.add_argument("--case-minutes", type=float, default=6.0, help="end a case after so long (6)")
+    measure.add_argument(
+        "--second-under",
+        type=float,
+        metavar="SECONDS",
+        help="call a pipeline a second time only where the first call took less (default: always)",
+    )
+    measure.add_argument("--host-ram", help="what the host has, as 128GiB, where it shows less than it gives")
+    measure.add_argument(
+        "--fork",
+        action="store_true",
+        help="cases are forks of one process that has started no CUDA, which saves each its imports (Linux)",
+    )
     measure.add_argument("--gpu", help="index or UUID, where there are several (default: the one with the most free)")
     measure.add_argument(
         "--retry", action="store_true", help="run cases again that failed, were killed or took too long"
@@ -70,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _cases(given: argparse.Namespace) -> tuple[matrix.Case, ...]:
+    if given.cases is not None:
+        return matrix.named(_ids(given.cases))
     name = given.set or ("dry" if given.dry else "quick")
     budgets = [b for b in (arguments.size("--budgets", text) for text in _words(given.budgets)) if b]
     found = matrix.cases(name, models=_words(given.models), budgets_bytes=budgets, steps=given.steps)
@@ -77,6 +94,14 @@ def _cases(given: argparse.Namespace) -> tuple[matrix.Case, ...]:
     if not wanted:
         raise UsageError(f"no case of {name} has {given.only!r} in its id", do="`list` shows the ids")
     return wanted
+
+
+def _ids(file: Path) -> list[str]:
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read", error.strerror or str(error), "give a file of ids") from None
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def _words(text: str) -> list[str]:
@@ -96,20 +121,44 @@ def _run(given: argparse.Namespace) -> int:
     cases = _cases(given)
     machines.refuse_incomplete()
     journal = Journal(given.out)
-    seen = machines.hardware(given.dry, given.gpu)
+
+    def look() -> Hardware:
+        return machines.hardware(given.dry, given.gpu, arguments.size("--host-ram", given.host_ram))
+
+    seen = look()
     (card,) = seen.gpus
-    machine = machines.described(seen, runner.greet(given.dry, None if given.dry else card.uuid))
-    print(f"{len(cases)} cases on {machine['card']}, for {given.minutes:g} minutes, into {given.out}")
-    left = runner.run(
-        cases,
-        journal,
-        machine,
-        lambda: machines.hardware(given.dry, given.gpu),
-        runner.Limits(until=until, case_s=given.case_minutes * 60),
-        dry=given.dry,
-        retry=given.retry,
-        told=_say,
-    )
+    uuid = None if given.dry else card.uuid
+    nursery = Nursery(uuid) if given.fork else None
+    if nursery is not None:
+        nursery.start()  # it imports while the card is asked
+    try:
+        torch_says = runner.greet(given.dry, uuid, asked=None if nursery is None else nursery.ask)
+    except HardwareError as error:
+        if nursery is None:
+            raise
+        _say(f"a fork cannot use the card, so that each case is a new process: {error}")
+        nursery.close()
+        nursery = None
+        torch_says = runner.greet(given.dry, uuid)
+    machine = machines.described(seen, torch_says)
+    print(f"{len(cases)} cases on {machine['card']}, for {given.minutes:g} minutes, into {given.out}", flush=True)
+    try:
+        with prefetch.outlooks(cases, seen, forks=given.fork) as outlooks:
+            left = runner.run(
+                cases,
+                journal,
+                machine,
+                look,
+                runner.Limits(until=until, case_s=given.case_minutes * 60, second_under_s=given.second_under),
+                dry=given.dry,
+                retry=given.retry,
+                told=_say,
+                asked=None if nursery is None else nursery.ask,
+                outlooks=outlooks,
+            )
+    finally:
+        if nursery is not None:
+            nursery.close()
     if left:
         print(f"time is up: {left} cases are left; the same command goes on from there")
     print(f"next: python -m bench.gpu report {given.out}")

@@ -41,6 +41,8 @@ class Order:
     uuid: str | None = None
     dry: bool = False
     limit_s: float = 600.0
+    second_under_s: float | None = None
+    """A second call is made only where the first took less; None: always."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,8 +63,8 @@ def main() -> None:
     print(json.dumps(asdict(measure(order))), file=answer, flush=True)
 
 
-def measure(order: Order) -> Outcome:
-    """Return what became of a case."""
+def measure(order: Order, ready: Any = None) -> Outcome:
+    """Return what became of a case. `ready` is a pipeline that was built for it, its weights on meta."""
     case = Case.of(order.case)
     outcome = Outcome()
     if order.dry:
@@ -78,13 +80,14 @@ def measure(order: Order) -> Outcome:
 
             outcome.measured |= machine.measured(case.part or "", device, sampler, _plan(order))
         else:
-            _run(case, order, device, sampler, outcome)
+            _run(case, order, device, sampler, outcome, ready)
     except Exception as error:  # noqa: BLE001 - what a foreign library raises is not one class, and all of it is an answer
-        _explain(error, outcome)
+        explain(error, outcome)
     return outcome
 
 
-def _explain(error: Exception, outcome: Outcome) -> None:
+def explain(error: Exception, outcome: Outcome) -> None:
+    """Say in an outcome what went wrong."""
     import torch
 
     is_full = isinstance(error, OutOfMemoryError | torch.OutOfMemoryError)
@@ -103,7 +106,7 @@ def unnamed(text: str) -> str:
     return text
 
 
-def _run(case: Case, order: Order, device: Device, watched: Sampler, outcome: Outcome) -> None:
+def _run(case: Case, order: Order, device: Device, watched: Sampler, outcome: Outcome, ready: Any) -> None:
     """Build, place and call a pipeline, and keep in `outcome` whatever was measured before it stopped."""
     from bench.gpu import phases
 
@@ -113,29 +116,48 @@ def _run(case: Case, order: Order, device: Device, watched: Sampler, outcome: Ou
         found = outcome.measured
         try:
             watch.begin("load")
-            pipe, arguments = _placed(case, order, device)
+            pipe, arguments = _placed(case, order, device, ready)
             found["load"] = phases.plain(watch.end())
             found["calls"] = []
             for _ in range(CALLS):
                 found["calls"].append(_call(pipe, arguments, watch, device))
-                if time.perf_counter() - started + found["calls"][-1]["seconds"] * 1.2 > order.limit_s:
+                took = found["calls"][-1]["seconds"]
+                if time.perf_counter() - started + took * 1.2 > order.limit_s:
                     break  # the next would be cut off
+                if order.second_under_s is not None and took > order.second_under_s:
+                    break
         except Exception:
             outcome.phase = watch.now
             found["peaks_at_the_end"] = asdict(device.peaks())
             raise
         finally:
-            found["host"] = {"pinned_bytes": device.pinned_bytes(), **_host_peaks()}
+            found["host"] = {"pinned_bytes": device.pinned_bytes(), **host_peaks(), "trimmed_bytes": _trimmed()}
             with contextlib.suppress(RuntimeError):  # after an error of CUDA's own nothing works any more
                 device.synchronize()
             found["at_rest"] = asdict(sampler.look()) | {"reserved_bytes": device.reserved_bytes()}
 
 
-def _placed(case: Case, order: Order, device: Device) -> tuple[Any, dict[str, Any]]:
+def dtype_of(order: Order) -> str:
+    """Return the dtype that a case's pipeline is made in."""
+    from engine.run import load
+
+    plan = _plan(order)
+    return Case.of(order.case).dtype or "float32" if plan is None else load.context(plan).dtype
+
+
+def is_on_card(order: Order) -> bool:
+    """Whether a case's weights are made on the card."""
+    from bench.gpu import predict
+
+    plan = _plan(order)
+    return plan is not None and predict.is_built_on_card(plan.optimizers)
+
+
+def _placed(case: Case, order: Order, device: Device, ready: Any = None) -> tuple[Any, dict[str, Any]]:
     """Return the pipeline with its weights where they are to be, and the arguments of its call."""
     import torch
 
-    from bench.gpu import predict, weights
+    from bench.gpu import weights
     from engine import facts
     from engine.dryrun import inputs
     from engine.optimizers.spec import Context
@@ -146,9 +168,8 @@ def _placed(case: Case, order: Order, device: Device) -> tuple[Any, dict[str, An
     torch.manual_seed(0)
     model = facts.find(case.model)
     plan = _plan(order)
-    dtype = case.dtype or "float32" if plan is None else load.context(plan).dtype
-    on_card = plan is not None and predict.is_built_on_card(plan.optimizers)
-    pipe = weights.pipeline(model, dtype, device.kind if on_card else "cpu")
+    dtype, on_card = dtype_of(order), is_on_card(order)
+    pipe = weights.filled(ready or weights.weightless(model, dtype), device.kind if on_card else "cpu")
     arguments = inputs.call(
         model,
         pipe,
@@ -197,7 +218,20 @@ def _call(pipe: Any, arguments: dict[str, Any], watch: Any, device: Device) -> d
         }
 
 
-def _host_peaks() -> dict[str, int | None]:
+def _trimmed() -> int | None:
+    """Return the anonymous memory that is left once the C library has given back what it only keeps."""
+    import ctypes
+    import gc
+
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError, TypeError):  # another C library than GNU's
+        return None
+    return host_peaks()["anonymous_bytes"]
+
+
+def host_peaks() -> dict[str, int | None]:
     """Return the most of the host's memory that this process had, of files and without."""
     found: dict[str, int | None] = {"peak_bytes": None, "anonymous_bytes": None}
     with contextlib.suppress(OSError):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+from unittest import mock
 
 from bench.gpu import predict
 from bench.gpu.matrix import Case
-from engine import facts, optimizers
+from engine import facts, optimizers, versions
 from engine.errors import DgRunError
 from engine.estimate import workspaces
 from engine.plan import Plan
@@ -54,11 +56,19 @@ class Run:
     @property
     def context_bytes(self) -> int | None:
         """What the CUDA context is said to take on this card."""
+        if self.capability is None:
+            return None
+        steps = () if self.plan is None else self.plan.optimizers
+        return workspaces.context_bytes(self.capability, copies_aside=predict.copies_aside(steps))
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """The card's compute capability."""
         arch = (self.record["machine"].get("gpu") or {}).get("arch")
         if arch is None:
             return None
         major, _, minor = arch.partition(".")
-        return workspaces.context_bytes((int(major), int(minor)))
+        return int(major), int(minor)
 
     @property
     def first_phases(self) -> list[dict[str, Any]]:
@@ -81,11 +91,32 @@ class Run:
         return None if not of_card or before is None else max(of_card) - int(before)
 
     @property
+    def held_bytes(self) -> int | None:
+        """The most that the process was seen to hold on the card.
+
+        NVML is looked at some fifty times a second, and what was held for less may have been missed: the reserved
+        bytes' own peak, with the context that was seen at rest, is held as well.
+        """
+        seen, reserved, rest = self.nvml_bytes, self.peak_bytes("reserved"), self.measured.get("at_rest") or {}
+        if seen is None or reserved is None or rest.get("process_bytes") is None:
+            return seen
+        return max(seen, reserved + int(rest["process_bytes"]) - int(rest["reserved_bytes"]))
+
+    @property
+    def host_bytes(self) -> int | None:
+        """The most of the host's memory that the process had, less what the C library only keeps of what was freed."""
+        host = self.measured.get("host") or {}
+        if host.get("peak_bytes") is None:
+            return None
+        kept = 0 if host.get("trimmed_bytes") is None else int(host["anonymous_bytes"]) - int(host["trimmed_bytes"])
+        return int(host["peak_bytes"]) - kept
+
+    @property
     def device_bytes(self) -> int | None:
-        """What a card would need for this run as it went: NVML's figure, else the reserved bytes and a context."""
+        """What a card would need for this run as it went: what it held, else the reserved bytes and a context."""
         reserved, context = self.peak_bytes("reserved"), self.context_bytes
-        if self.nvml_bytes is not None:
-            return self.nvml_bytes
+        if self.held_bytes is not None:
+            return self.held_bytes
         return None if reserved is None or context is None else reserved + context
 
     @property
@@ -171,10 +202,22 @@ def _run(record: dict[str, Any], anew: bool) -> Run:
     plan = None if record.get("plan") is None else Plan.from_json(json.dumps(record["plan"]), f"record {record['id']}")
     if anew and plan is not None and case.kind in ("exact", "required"):
         try:
-            plan = predict.plan_of(case, plan.hardware)
+            with _libraries_of(record):
+                plan = predict.plan_of(case, plan.hardware)
         except DgRunError:
             plan = None
     return Run(record, case, plan)
+
+
+@contextlib.contextmanager
+def _libraries_of(record: dict[str, Any]) -> Iterator[None]:
+    """Let workspaces be those of the versions of torch and cuDNN that a record was measured with."""
+    used = record["machine"]["versions"]
+    torch = tuple(int(n) for n in used["torch"].split(".")[:2])
+    number = int(used["cudnn"]) if "cudnn" in used else None  # 91900 is 9.19.0
+    cudnn = None if number is None else (number // 10_000, number // 100 % 100, number % 100)
+    with mock.patch.object(versions, "torch", lambda: torch), mock.patch.object(versions, "cudnn", lambda: cudnn):
+        yield
 
 
 @cache
@@ -227,8 +270,8 @@ def points(found: Iterable[Run]) -> dict[str, list[Point]]:
                 _point(name, said.peak_allocated_bytes, run.peak_bytes("allocated"), span.low_bytes, span.high_bytes),
             ),
             ("reserved", _point(name, said.peak_reserved_bytes, run.peak_bytes("reserved"))),
-            ("device", _point(name, said.device_bytes, run.nvml_bytes)),
-            ("host", _point(name, host, (run.measured.get("host") or {}).get("peak_bytes"))),
+            ("device", _point(name, said.device_bytes, run.held_bytes)),
+            ("host", _point(name, host, run.host_bytes)),
             ("pinned", _point(name, said.host.pinned_bytes or None, run.measured["host"]["pinned_bytes"])),
             ("seconds", _point(name, said.seconds, run.seconds, span.low_seconds, span.high_seconds)),
         ):
@@ -242,6 +285,7 @@ class Summary:
     """How far predictions are off."""
 
     count: int
+    equal: int
     median: float
     p95: float
     too_low: int
@@ -255,6 +299,7 @@ def summary(of: Sequence[Point]) -> Summary:
     judged = [p for p in of if p.is_inside is not None]
     return Summary(
         count=len(of),
+        equal=sum(p.predicted == p.measured for p in of),
         median=statistics.median(sizes),
         p95=sizes[min(len(sizes) - 1, int(0.95 * len(sizes)))],
         too_low=sum(p.error < TOO_LOW for p in of),

@@ -54,6 +54,10 @@ class Device:
         """Return the most host memory that was pinned, as the pinning allocator rounds it; None where nobody counts."""
         return None
 
+    def capability(self) -> tuple[int, int] | None:
+        """Return the compute capability; None where there is none."""
+        return None
+
     def stamp(self) -> Any:
         """Return a moment on the device. It costs no waiting."""
         return time.perf_counter()
@@ -97,6 +101,10 @@ class Cuda(Device):
     def pinned_bytes(self) -> int | None:
         told = self._module.host_memory_stats()
         return int(told["allocated_bytes.peak"]) if "allocated_bytes.peak" in told else None if told else 0
+
+    def capability(self) -> tuple[int, int] | None:
+        major, minor = self._module.get_device_capability()
+        return int(major), int(minor)
 
     def stamp(self) -> Any:
         event = self._module.Event(enable_timing=True)

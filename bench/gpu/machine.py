@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.gpu.case import host_peaks
 from bench.gpu.device import Device
 from bench.gpu.sampling import Sampler
 from engine import facts, gpus
@@ -25,7 +26,9 @@ from engine.units import KIB, MIB
 COPIED_BYTES = (64 * KIB, MIB, 16 * MIB, 256 * MIB)
 _COPYING_S = 0.25
 """How long each kind of copy is repeated."""
-MOST_CONVOLUTIONS, MOST_ATTENTIONS = 10, 4
+MOST_CONVOLUTIONS, MOST_ATTENTIONS = 16, 4
+MASKED, _WIDEST = 2, 256
+"""The kernel of a work that flash attention does not do, and up to which width that is because of a mask."""
 _BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -46,7 +49,13 @@ def measured(part: str, device: Device, sampler: Sampler, plan: Plan | None) -> 
             return told | {"context": list(_context(device, sampler))}
         case "copies":
             return told | {"copies": list(_copies(device))}
+        case "edges":
+            return told | {"convolutions": [_convolution(device, w, device.capability()) for w in edges()]}
     assert plan is not None
+    if part == "stream":
+        from bench.gpu import allocations
+
+        return told | allocations.measured(device, plan)
     works = _works(plan)
     if part == "convolutions":
         return told | {"convolutions": [_convolution(device, w, _capability(plan)) for w in _largest_convs(works)]}
@@ -59,6 +68,7 @@ def measured(part: str, device: Device, sampler: Sampler, plan: Plan | None) -> 
 def _context(device: Device, sampler: Sampler) -> Iterator[dict[str, Any]]:
     """Yield what the process holds beside the allocator's bytes, as one library after the other starts."""
     kept: list[Any] = []
+    yield {"after": "starting CUDA", "allocated_bytes": 0, "kept_bytes": 0, "reserved_bytes": 0} | _held(sampler)
 
     def stages() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield "a tensor", lambda: torch.ones(1, device=device.kind)
@@ -70,6 +80,11 @@ def _context(device: Device, sampler: Sampler) -> Iterator[dict[str, Any]]:
         yield "a convolution", lambda: F.conv2d(picture, filters, padding=1)
         heads = torch.ones(1, 8, 1024, 64, device=device.kind, dtype=half)
         yield "attention", lambda: F.scaled_dot_product_attention(heads, heads, heads)
+        if device.is_card:
+            pinned = torch.ones(16 * MIB, dtype=torch.uint8).pin_memory()
+            yield "a copy from pinned memory", lambda: pinned.to(device.kind, non_blocking=True)
+            for name in ("a second stream's copy", "a third stream's copy"):
+                yield name, partial(_copied_aside, pinned, device.kind)
 
     for name, work in stages():
         before = device.allocated_bytes()
@@ -81,8 +96,20 @@ def _context(device: Device, sampler: Sampler) -> Iterator[dict[str, Any]]:
             "allocated_bytes": device.allocated_bytes(),
             "kept_bytes": device.allocated_bytes() - before - _rounded(device, made),
             "reserved_bytes": device.reserved_bytes(),
-            **asdict(sampler.look()),
+            **_held(sampler),
         }
+
+
+def _copied_aside(pinned: torch.Tensor, kind: str) -> torch.Tensor:
+    """Return what a stream of its own has copied, as group offload does."""
+    aside: Any = torch.cuda.Stream  # it has no types
+    with torch.cuda.stream(aside()):
+        return pinned.to(kind, non_blocking=True)
+
+
+def _held(sampler: Sampler) -> dict[str, Any]:
+    """Return what NVML shows, and the host's memory that this process has."""
+    return asdict(sampler.look()) | {"host_anonymous_bytes": host_peaks()["anonymous_bytes"]}
 
 
 def _copies(device: Device) -> Iterator[dict[str, Any]]:
@@ -142,6 +169,45 @@ def _capability(plan: Plan) -> tuple[int, int] | None:
     return None if plan.card is None else plan.card.compute_capability
 
 
+def edges() -> Iterator[Work]:
+    """Yield convolutions at the edges of what is known of cuDNN's workspaces."""
+
+    def conv(dtype: str, channels: tuple[int, int], sizes: Sequence[int], kernel: int, **more: int) -> Work:
+        batch, groups, stride = more.get("batch", 1), more.get("groups", 1), more.get("stride", 1)
+        outs = [(n + 2 * (kernel // 2) - kernel) // stride + 1 for n in sizes]
+        each = (sizes, [kernel] * len(sizes), [stride] * len(sizes), [1] * len(sizes), outs)
+        dims = (batch, *channels, groups, 0, *(n for one in each for n in one))
+        item = getattr(torch, dtype).itemsize
+        moved = batch * (channels[0] * math.prod(sizes) + channels[1] * math.prod(outs)) * item
+        return Work("conv", dtype, dims, moved)
+
+    for dtype in ("float16", "bfloat16", "float32"):
+        for sizes in ((128, 128), (166, 166), (165, 167), (102, 102)):  # planes of whole 16 bytes, 8, and 2
+            yield conv(dtype, (512, 256), sizes, 1)
+        yield conv(dtype, (512, 512), (128, 128), 1, stride=2)
+        yield conv(dtype, (4, 4), (128, 128), 1)
+        yield conv(dtype, (8, 8), (128, 128), 1)
+        yield conv(dtype, (12, 512), (128, 128), 1)
+        yield conv(dtype, (320, 640), (4096,), 1)
+        yield conv(dtype, (4, 320), (128, 128), 3)
+        yield conv(dtype, (320, 4), (128, 128), 3)
+        yield conv(dtype, (3, 128), (512, 512), 3)
+        yield conv(dtype, (320, 320), (128, 128), 3, stride=2)
+        yield conv(dtype, (320, 320), (128, 128), 3, batch=2)
+        yield conv(dtype, (512, 512), (64, 64), 3, groups=2)
+        yield conv(dtype, (512, 512), (64, 64), 3, groups=512)
+        yield conv(dtype, (3, 1024), (224, 224), 14, stride=14)
+        yield conv(dtype, (64, 64), (65536,), 7)
+        yield conv(dtype, (96, 96), (8, 128, 128), 3)
+        yield conv(dtype, (256, 256), (512, 512), 3, batch=4)
+        yield conv(dtype, (100, 100), (256, 256), 3)
+    for side in (384, 768, 896, 1152):  # how many tiles are left for the last wave
+        yield conv("float32", (256, 256), (side, side), 3)
+        yield conv("bfloat16", (256, 256), (side, side), 3)
+    for batch in (7, 8):  # 8 x 256 x 1024 x 1024 are 2^31 elements
+        yield conv("bfloat16", (256, 256), (1024, 1024), 3, batch=batch)
+
+
 def _largest_convs(works: tuple[Work, ...]) -> list[Work]:
     convs = [w for w in works if w.kind == "conv"]
     return sorted(convs, key=lambda w: -w.moved_bytes)[:MOST_CONVOLUTIONS]
@@ -182,15 +248,18 @@ def _convolution(device: Device, work: Work, capability: tuple[int, int] | None)
 
 def _attention(device: Device, work: Work, capability: tuple[int, int] | None, units: int | None) -> dict[str, Any]:
     """Return, for each of torch's attention backends, whether it runs, how long it takes and what beside its output."""
-    batch, heads, queries, keys, width, _ = work.dims
+    batch, heads, queries, keys, width, kernel = work.dims
     dtype = getattr(torch, work.dtype)
+    masked = kernel == MASKED and width <= _WIDEST
     predicted = None if capability is None else workspaces.attention_bytes(work, capability, units)
-    found: dict[str, Any] = {"work": _plain(work), "predicted_bytes": predicted, "backends": {}}
+    found: dict[str, Any] = {"work": _plain(work), "predicted_bytes": predicted, "masked": masked, "backends": {}}
     query = torch.randn(batch, heads, queries, width, device=device.kind, dtype=dtype)
     key = torch.randn(batch, heads, keys, width, device=device.kind, dtype=dtype)
 
+    mask = torch.zeros(1, 1, queries, keys, device=device.kind, dtype=dtype) if masked else None
+
     def run() -> torch.Tensor:
-        return F.scaled_dot_product_attention(query, key, key)
+        return F.scaled_dot_product_attention(query, key, key, mask)
 
     for name in ("default", *_BACKENDS):
         try:

@@ -36,8 +36,10 @@ def refuse_incomplete() -> None:
         )
 
 
-def hardware(dry: bool, gpu: str | None = None) -> Hardware:
+def hardware(dry: bool, gpu: str | None = None, ram_bytes: int | None = None) -> Hardware:
     """Return the hardware as it is now, with the one card that is meant; in dry mode one that is made up.
+
+    `ram_bytes` is what the host has where it shows less: a virtual machine's memory can grow as it is used.
 
     Raises: HardwareError, when there is no card; UsageError, for one that is not here.
     """
@@ -45,6 +47,8 @@ def hardware(dry: bool, gpu: str | None = None) -> Hardware:
         seen = engine.resolve(gpu=DRY_CARD, host_ram="64GiB").hardware
         return dataclasses.replace(seen, notes=())
     seen = probe.snapshot()
+    if ram_bytes is not None:
+        seen = dataclasses.replace(seen, host=dataclasses.replace(seen.host, ram_bytes=ram_bytes))
     if not seen.gpus:
         raise HardwareError(
             "there is no card here",

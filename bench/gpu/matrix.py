@@ -27,6 +27,7 @@ _AXES = {
     "recipe": ("batches", "dtypes", "sizes", "budgets", "recipes"),
 }
 _USUAL: dict[str, list[Any]] = {"batches": [1], "dtypes": ["usual"], "sizes": ["usual"], "with": [[]]}
+_STEPS = re.compile(r"/(\d+)steps/?")
 _SIZE = re.compile(r"(\d+)x(\d+)(?:x(\d+))?\Z")
 
 
@@ -114,6 +115,19 @@ def cases(
         for case in _block(content, block, models, budgets_bytes, steps or content["steps"]):
             found.setdefault(case.id, case)
     return tuple(found.values())
+
+
+def named(ids: Sequence[str]) -> tuple[Case, ...]:
+    """Return the cases of these ids, in this order, of whatever set; their steps may be others than the matrix's.
+
+    Raises: UsageError, for an id that no set has.
+    """
+    counts = {int(found[1]) if (found := _STEPS.search(i)) else None for i in ids}
+    known = {c.id: c for steps in counts for name in sets() for c in cases(name, steps=steps)}
+    for each in ids:
+        if each not in known:
+            raise UsageError(f"no set has a case {each!r}", do=did_you_mean(each, list(known)))
+    return tuple(known[each] for each in dict.fromkeys(ids))
 
 
 def _block(

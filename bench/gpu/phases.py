@@ -8,7 +8,7 @@ import itertools
 import types
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -95,8 +95,16 @@ class Watch:
         return tuple(self._device.seconds(a, b) for a, b in itertools.pairwise(stamps))
 
 
+class Marks(Protocol):
+    """What a call is marked for: the phases that it enters, and its denoising steps' ends."""
+
+    def enter(self, kind: str) -> None: ...
+
+    def step(self) -> None: ...
+
+
 @contextlib.contextmanager
-def marked(pipe: Any, watch: Watch) -> Iterator[None]:
+def marked(pipe: Any, watch: Marks) -> Iterator[None]:
     """Let the pipeline's components mark phases, and its scheduler steps, while this is active."""
     modules = {n: c for n, c in pipe.components.items() if isinstance(c, nn.Module)}
     scheduler: Any = getattr(pipe, "scheduler", None)
@@ -111,7 +119,7 @@ def marked(pipe: Any, watch: Watch) -> Iterator[None]:
             del scheduler.step
 
 
-def _stepping(scheduler: Any, watch: Watch) -> Any:
+def _stepping(scheduler: Any, watch: Marks) -> Any:
     real = type(scheduler).step
 
     @functools.wraps(real)

@@ -12,7 +12,7 @@ import engine
 from bench.gpu.matrix import Case, step
 from engine import facts, optimizers
 from engine.errors import DgRunError
-from engine.estimate import store, stream, whole, workspaces
+from engine.estimate import bounds, store, stream, whole, workspaces
 from engine.estimate.ways import way
 from engine.plan import Plan
 from engine.units import format_size
@@ -41,14 +41,14 @@ def outlook(case: Case, hardware: Hardware, told: Callable[[str], None] | None =
     (card, *_) = hardware.gpus
     if case.budget_bytes is not None and card.total_bytes is not None and case.budget_bytes > card.total_bytes:
         return Outlook(status="skipped", because=f"the card has {format_size(card.total_bytes)}")
-    context = 0 if card.compute_capability is None else workspaces.context_bytes(card.compute_capability)
     if case.kind == "recipe":
         assert case.budget_bytes is not None
-        return Outlook(cap_bytes=max(1, case.budget_bytes - context))
+        return Outlook(cap_bytes=max(1, case.budget_bytes - _context_bytes(card)))
     try:
         plan = plan_of(case, hardware, told)
     except DgRunError as error:
         return Outlook(status="skipped", because=" ".join(str(error).split()))
+    context = _context_bytes(card, plan.optimizers)
     if case.kind == "chosen":
         assert case.budget_bytes is not None
         if plan.fits is False:
@@ -64,6 +64,17 @@ def outlook(case: Case, hardware: Hardware, told: Callable[[str], None] | None =
         return Outlook(plan=plan, status="skipped", because="what it requires is not known")
     allowed = round(required * (1 + (case.margin or 0.0)))
     return Outlook(plan=plan, cap_bytes=max(1, allowed - context))
+
+
+def _context_bytes(card: Gpu, steps: Sequence[Step] = ()) -> int:
+    """Return what the context is said to take, which the allocator's limit does not count."""
+    capability = card.compute_capability
+    return 0 if capability is None else workspaces.context_bytes(capability, copies_aside=copies_aside(steps))
+
+
+def copies_aside(steps: Sequence[Step]) -> bool:
+    """Whether weights are copied on a stream of their own."""
+    return any(s.name == "group_offload" and s.params["use_stream"] for s in steps)
 
 
 def _machine(case: Case, hardware: Hardware, told: Callable[[str], None] | None) -> Outlook:
@@ -117,7 +128,7 @@ def host_bytes(plan: Plan) -> int | None:
     if taken.anonymous_bytes is None:
         return None
     if is_built_on_card(plan.optimizers):
-        return whole.HOST_BASE_BYTES
+        return bounds.HOST_BASE_BYTES
     return taken.anonymous_bytes + (taken.pinned_bytes or 0) + (taken.file_bytes or 0)
 
 

@@ -10,6 +10,8 @@ from bench.gpu import compare
 from bench.gpu.compare import Point, Run, Trial
 from bench.gpu.journal import is_same
 from bench.gpu.recipes import RECIPES
+from engine.estimate import workspaces
+from engine.estimate.trace import Work
 from engine.units import GIB, format_size
 
 _GIGA = 1e9
@@ -22,6 +24,11 @@ _TITLES = {
     "pinned": ("Pinned bytes, as the pinning allocator rounds them", "GiB", GIB),
     "seconds": ("Seconds of a call, of the steps that were run", "s", 1.0),
 }
+_HOST = (
+    "Measured is what was resident at its most, some 0.25 GiB of libraries' files with it, less what the C library kept"
+    " of freed memory where that was looked at: weights come from no file here, and once one of less than 32 MiB has"
+    " gone to the card its memory stays with the process. Nothing is predicted of that."
+)
 _DRY = (
     "> **Dry mode: this is no measurement of a GPU.** A device on the CPU counted the bytes of tensors, and nothing",
     "> else; predictions are for a card that is not here. It shows that the ways work: no figure below says anything",
@@ -30,13 +37,16 @@ _DRY = (
 )
 
 
-def page(records: Sequence[dict[str, Any]], *, anew: bool = False) -> str:
-    """Return the report of some records, a part for each machine. `anew` predicts with this dg-run."""
+def page(records: Sequence[dict[str, Any]], *, anew: bool = False, brief: bool = False) -> str:
+    """Return the report of some records, a part for each machine. `anew` predicts with this dg-run.
+
+    `brief` leaves out what is no prediction of a run, and single phases.
+    """
     lines = ["# Measured on GPUs", ""]
     if not records:
         lines += ["Nothing has been measured.", ""]
     for machine, own in _by_machine(records):
-        lines += _machine_part(machine, compare.runs(own, anew=anew), anew)
+        lines += _machine_part(machine, compare.runs(own, anew=anew), anew, brief)
     return "\n".join(lines)
 
 
@@ -51,7 +61,7 @@ def _by_machine(records: Iterable[dict[str, Any]]) -> list[tuple[dict[str, Any],
     return found
 
 
-def _machine_part(machine: dict[str, Any], runs: list[Run], anew: bool) -> list[str]:
+def _machine_part(machine: dict[str, Any], runs: list[Run], anew: bool, brief: bool) -> list[str]:
     used = ", ".join(f"{n} {v}" for n, v in machine["versions"].items())
     revisions = ", ".join(sorted({str(r.record["machine"].get("revision")) for r in runs}))
     counts = {s: sum(r.status == s for r in runs) for s in dict.fromkeys(r.status for r in runs)}
@@ -65,11 +75,9 @@ def _machine_part(machine: dict[str, Any], runs: list[Run], anew: bool) -> list[
         + _calibrated(runs),
         "",
         *_predicted(runs),
-        *_phases(runs),
+        *(() if brief else _phases(runs)),
         *_required(runs),
-        *_regret(runs),
-        *_field(runs),
-        *_libraries(runs),
+        *(() if brief else (*_regret(runs), *_field(runs), *_libraries(runs))),
         *_rest(runs),
     ]
 
@@ -104,23 +112,29 @@ def _predicted(runs: list[Run]) -> list[str]:
     ]
     for of, (title, name, unit) in _TITLES.items():
         if of in found:
-            lines += [f"#### {title}", "", f"{_summed(found[of])}.", "", *_points(found[of], name, unit)]
+            told = [_HOST, ""] if of == "host" else []
+            lines += [f"#### {title}", "", f"{_summed(found[of])}.", "", *told, *_points(found[of], name, unit)]
     return lines
 
 
 def _summed(of: Sequence[Point]) -> str:
     s = compare.summary(of)
+    equal = f", {s.equal} of them equal to the byte" if s.equal else ""
     inside = f"; {s.inside} of {s.judged} inside their interval" if s.judged else ""
     return (
-        f"{s.count} points: median error {s.median:.2%}, 95th percentile {s.p95:.2%},"
+        f"{s.count} points{equal}: median error {s.median:.2%}, 95th percentile {s.p95:.2%},"
         f" {s.too_low} predicted more than 3 % too low{inside}"
     )
+
+
+def _error(predicted: float, measured: float) -> str:
+    return "equal" if predicted == measured else f"{predicted / measured - 1:+.2%}"
 
 
 def _points(of: Sequence[Point], name: str, unit: float) -> list[str]:
     def row(p: Point) -> list[str]:
         span = "" if p.low is None or p.high is None else f"{p.low / unit:.3f} to {p.high / unit:.3f}"
-        return [p.name, f"{p.predicted / unit:.4f}", f"{p.measured / unit:.4f}", f"{p.error:+.2%}", span]
+        return [p.name, f"{p.predicted / unit:.4f}", f"{p.measured / unit:.4f}", _error(p.predicted, p.measured), span]
 
     return _table(["case", f"predicted {name}", f"measured {name}", "error", "interval"], map(row, of))
 
@@ -132,7 +146,7 @@ def _phases(runs: list[Run]) -> list[str]:
             r.name,
             _gib(r.predicted_bytes),
             _gib(r.measured_bytes),
-            "" if not r.predicted_bytes or not r.measured_bytes else f"{r.predicted_bytes / r.measured_bytes - 1:+.2%}",
+            "" if not r.predicted_bytes or not r.measured_bytes else _error(r.predicted_bytes, r.measured_bytes),
             _s(None if r.predicted is None else r.predicted.seconds),
             _s(r.first_s),
             _s(r.last_s),
@@ -230,8 +244,10 @@ def _libraries(runs: list[Run]) -> list[str]:
     lines: list[str] = []
     for (part, name), run in by.items():
         made = {"context": _context, "copies": _copies, "convolutions": _convolutions, "attention": _attentions}
+        made |= {"edges": _convolutions}
         if part in made:
-            title = {"context": "The CUDA context", "copies": "Copies", "convolutions": "Workspaces of convolutions"}
+            title = {"context": "The CUDA context", "copies": "Copies", "edges": "Workspaces at the edges"}
+            title |= {"convolutions": "Workspaces of convolutions"}
             of = f": {name}" if name else ""
             lines += [f"### {title.get(part, 'Attention backends')}{of}", "", *made[part](run)]
     return lines
@@ -276,7 +292,7 @@ def _convolutions(run: Run) -> list[str]:
     rows = [
         [
             _work(c["work"]),
-            _mib(c["predicted_bytes"]),
+            _mib(_workspace_bytes(run, c)),
             c.get("because") or _mib(c["bytes"]),
             "" if "because" in c else f"{c['seconds'] * 1e3:.3f}",
             ", ".join(f"`{k[:60]}`" for k in c.get("kernels") or ()),
@@ -285,6 +301,14 @@ def _convolutions(run: Run) -> list[str]:
     ]
     head = ["batch, channels in, out, groups; sizes", "predicted MiB", "measured MiB", "ms", "kernels"]
     return _table(head, rows)
+
+
+def _workspace_bytes(run: Run, measured: dict[str, Any]) -> int | None:
+    """Return what this dg-run says of a convolution's workspace, where it is known for which capability."""
+    work, capability = measured["work"], run.capability
+    if capability is None:
+        return None if measured["predicted_bytes"] is None else int(measured["predicted_bytes"])
+    return workspaces.taken(Work("conv", work["dtype"], tuple(work["dims"]), work["moved_bytes"]), capability).bytes
 
 
 def _attentions(run: Run) -> list[str]:

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ class Limits:
     until: float
     """By `time.monotonic`."""
     case_s: float
+    second_under_s: float | None = None
+    """How long a first call may have taken for a second one to be made; None: any time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,11 +59,15 @@ def run(
     dry: bool = False,
     retry: bool = False,
     told: Callable[[str], None] = print,
+    asked: Callable[[Order, float], Answer] | None = None,
+    outlooks: Callable[[Case], predict.Outlook] | None = None,
 ) -> int:
     """Measure what the journal does not have, and return how many cases are left for another time.
 
-    `look` gives the hardware as it is when a case begins.
+    `look` gives the hardware as it is when a case begins. `asked` measures a case (a process of its own is started
+    for each, if it is not given); `outlooks` knows what is expected of a case already.
     """
+    asked = asked or ask
     wanted = [c for c in cases if not journal.has(c.id, machine, retry=retry)]
     if len(wanted) < len(cases):
         told(f"{len(cases) - len(wanted)} of {len(cases)} cases are in {journal.path} already")
@@ -70,11 +76,12 @@ def run(
         if left < _LEAST_S:
             return len(wanted) - done
         hardware = look()
-        expected = predict.outlook(case, hardware, told)
+        expected = predict.outlook(case, hardware, told) if outlooks is None else outlooks(case)
         started = time.time()
         status, outcome, wall = _of(case, expected), None, 0.0
         if status is None:
-            answer = ask(_order(case, expected, hardware, dry), min(limits.case_s, limits.until - time.monotonic()))
+            order = replace(_order(case, expected, hardware, dry), second_under_s=limits.second_under_s)
+            answer = asked(order, min(limits.case_s, limits.until - time.monotonic()))
             if answer.outcome is not None and answer.outcome["status"] == "timeout" and _is_over(limits, answer):
                 return len(wanted) - done  # it was all time that was over, not the case's own
             outcome, wall = answer.outcome, answer.wall_s
@@ -128,7 +135,7 @@ def ask(order: Order, limit_s: float) -> Answer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=said,
-            env=_environment(order),
+            env=environment(order.uuid),
             start_new_session=True,  # Ctrl-C is for this process, which then ends that one and all that it has started
         )
         try:
@@ -137,28 +144,29 @@ def ask(order: Order, limit_s: float) -> Answer:
         except subprocess.TimeoutExpired:
             out, died = b"", ("timeout", f"it was ended after {format_seconds(limit_s)}")
         finally:
-            _end(process)
+            end(process)
         said.seek(max(0, said.tell() - _KEPT_CHARACTERS))
         tail = unnamed(said.read().decode("utf-8", "replace")[-_KEPT_CHARACTERS:])
     wall = time.monotonic() - started
     with contextlib.suppress(ValueError):
         if died is None and process.returncode == 0:
             return Answer(outcome=json.loads(out), wall_s=wall)
-    status, why = died or _death(process.returncode)
+    status, why = died or death(process.returncode)
     measured = {"said": tail.strip()}
     return Answer(outcome={"status": status, "because": why, "phase": None, "measured": measured}, wall_s=wall)
 
 
-def _environment(order: Order) -> dict[str, str]:
+def environment(uuid: str | None) -> dict[str, str]:
+    """Return the environment of a process that measures: with one card, this package, and no network."""
     home = str(Path(__file__).parents[len(_PACKAGE.split("."))])
     paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
     more = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1"}
-    if order.uuid is not None:
-        more["CUDA_VISIBLE_DEVICES"] = order.uuid
+    if uuid is not None:
+        more["CUDA_VISIBLE_DEVICES"] = uuid
     return os.environ | more
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def end(process: subprocess.Popen[bytes]) -> None:
     """End a case's process, and whatever it has started."""
     if process.poll() is None:
         if hasattr(os, "killpg"):
@@ -169,7 +177,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _death(code: int) -> tuple[str, str]:
+def death(code: int) -> tuple[str, str]:
+    """Return the status of a case whose process ended with `code`, and why."""
     if code >= 0:
         return "failed", f"its process ended with code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else str(-code)
@@ -177,10 +186,16 @@ def _death(code: int) -> tuple[str, str]:
     return "killed", f"its process was ended by {name}{memory}"
 
 
-def greet(dry: bool, uuid: str | None, limit_s: float = 300.0) -> dict[str, Any]:
+def greet(
+    dry: bool,
+    uuid: str | None,
+    limit_s: float = 300.0,
+    *,
+    asked: Callable[[Order, float], Answer] | None = None,
+) -> dict[str, Any]:
     """Return what torch says of the card, from a process of its own. Raises: HardwareError, when it cannot use it."""
     order = Order(case=Case(kind="machine", part="card").plain(), uuid=uuid, dry=dry)
-    outcome = ask(order, limit_s).outcome
+    outcome = (asked or ask)(order, limit_s).outcome
     assert outcome is not None
     if outcome["status"] != "measured":
         said = outcome["measured"].get("said", "")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -17,6 +19,9 @@ SCALE = 0.02
 """Of the noise in matrices: a product of a thousand terms stays near its input, so that nothing overflows in half."""
 _POOL_ELEMENTS = 1 << 22
 """Noise is made once and repeated: drawing it anew for 17 billion weights would take a host minutes."""
+_MOST_THREADS = 16
+_DRAWN = (torch.float16, torch.bfloat16, torch.float32)
+"""What a card draws normal noise in."""
 
 
 def pipeline(model: Model, dtype: str, device: str) -> Any:
@@ -24,18 +29,32 @@ def pipeline(model: Model, dtype: str, device: str) -> Any:
 
     Raises: ModelError, for a model that the installed libraries do not have.
     """
+    return filled(weightless(model, dtype), device)
+
+
+def weightless(model: Model, dtype: str) -> Any:
+    """Return the model's pipeline with its weights on meta and its buffers on the host. Raises: ModelError."""
     from accelerate import init_empty_weights
 
-    pipe = build.pipeline(model, getattr(torch, dtype), partial(init_empty_weights, include_buffers=False))
+    return build.pipeline(model, getattr(torch, dtype), partial(init_empty_weights, include_buffers=False))
+
+
+def filled(pipe: Any, device: str) -> Any:
+    """Return a pipeline that was made weightless, with its weights on `device`."""
     filler = _Filler(device)
-    for name, part in pipe.components.items():
+    for name, part in sorted(pipe.components.items()):  # `pipe.to` goes by their names
         if isinstance(part, nn.Module):
             filler.fill(name, part)
+    filler.finish()
     return pipe
 
 
 class _Filler:
-    """Puts weights in the places of those that are on meta; tied ones stay tied, across components too."""
+    """Puts weights in the places of those that are on meta; tied ones stay tied, across components too.
+
+    On the host the noise is copied by threads of Python's, since what a thread waits for there is fresh pages. torch's
+    own would do as well, but a fork of this process could then compute with none (`nursery.py`).
+    """
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
@@ -43,6 +62,21 @@ class _Filler:
         self._kept: list[torch.Tensor] = []  # so that an id stays one tensor's
         self._pools: dict[torch.dtype, torch.Tensor] = {}
         self._generator = torch.Generator().manual_seed(0)
+        self._copies: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def finish(self) -> None:
+        """Copy the noise to where it was promised."""
+        copies, self._copies = self._copies, []
+        if not copies:
+            return
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as pool:
+                for _ in pool.map(_copy, copies, chunksize=8):
+                    pass
+        finally:
+            torch.set_num_threads(threads)
 
     def fill(self, name: str, part: nn.Module) -> None:
         for module in _children_first(part):
@@ -75,10 +109,15 @@ class _Filler:
             return made.fill_(0 if "bias" in key or not like.is_floating_point() else 1)
         if not made.is_contiguous():
             return made.fill_(SCALE)
+        if made.device.type == "cuda" and like.dtype in _DRAWN:
+            return made.normal_(0, SCALE)  # in place, so that nothing but the weight itself is ever held
         flat, pool = made.view(-1), self._pool(like.dtype)
         for start in range(0, flat.numel(), pool.numel()):
             piece = flat[start : start + pool.numel()]
-            piece.copy_(pool[: piece.numel()])
+            if made.device.type == "cpu":
+                self._copies.append((piece, pool[: piece.numel()]))
+            else:
+                piece.copy_(pool[: piece.numel()])
         return made
 
     def _pool(self, dtype: torch.dtype) -> torch.Tensor:
@@ -87,6 +126,11 @@ class _Filler:
             noise = torch.randn(_POOL_ELEMENTS, generator=self._generator) * SCALE
             self._pools[dtype] = noise.to(dtype)
         return self._pools[dtype]
+
+
+def _copy(what: tuple[torch.Tensor, torch.Tensor]) -> None:
+    into, noise = what
+    into.copy_(noise)
 
 
 def _children_first(module: nn.Module) -> Iterator[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +18,9 @@ INTERNAL_ERROR = 1
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. The one place where errors become text."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name or an arrow that the terminal's encoding lacks is no reason to stop.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _command(arguments)(arguments)
     except DgRunError as error:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 
+from engine import files
 from engine.errors import FileError, UsageError
 
 SUFFIX = ".svg"
@@ -31,16 +31,8 @@ def check(path: Path) -> None:
 
 def write(path: Path, text: str) -> None:
     """Write a drawing in the place of what is there. Raises: FileError."""
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        try:
-            with temporary.open("x", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        files.publish(path, text)
     except OSError as error:
         why = str(error.strerror or error)
         raise FileError(f"{path} cannot be written", why, "give another place with --timeline") from None

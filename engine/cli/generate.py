@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping
@@ -44,6 +45,12 @@ def parser() -> options.Parser:
     )
     options.add_job(made)
     options.add_request(made)
+    made.add_argument(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="run a locked plan, exactly (`dg-run plan --lock FILE`); only --prompt, --seed and --output go with it",
+    )
     made.add_argument("--force", action="store_true", help="run a list that is not expected to fit all the same")
     made.add_argument("--debug", action="store_true", help="show the libraries' own notices, and tracebacks")
     made.add_argument("--version", action="version", version=f"dg-run {engine.__version__}")
@@ -62,6 +69,8 @@ def run(argv: list[str]) -> int:
         raise UsageError(what, do='say what to draw: --prompt "a red circle on a blue background"')
     if given.seed is not None and not 0 <= given.seed <= MAX_SEED:
         raise UsageError(f"the seed is {given.seed}", f"it must lie between 0 and {MAX_SEED}")
+    if given.plan is not None:
+        return _locked(given)
     guide = options.constraints(given) if given.auto else options.exact(given)
     wanted = options.request(given)
     if given.auto and given.force:
@@ -73,6 +82,17 @@ def run(argv: list[str]) -> int:
     def planned() -> Plan:
         plan = engine.resolve(**wanted, **guide, told=lambda line: print(line, file=sys.stderr, flush=True))
         return _forced(plan) if given.force else plan
+
+    return _draw(planned, given.prompt, given.seed, given.output, debug=given.debug)
+
+
+def _locked(given: argparse.Namespace) -> int:
+    """Run a locked plan. Raises: FileError, and where it does not stand on this machine."""
+    options.alone(given, "plan", ("prompt", "seed", "output", "debug"), "a locked plan is run exactly as it is")
+    lock = engine.read_lock(given.plan)
+
+    def planned() -> Plan:
+        return lock.plan(told=lambda line: print(line, file=sys.stderr, flush=True))
 
     return _draw(planned, given.prompt, given.seed, given.output, debug=given.debug)
 

@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,13 +17,22 @@ from engine import optimizers
 from engine.arguments import DEVICES, PREFERENCES, QUALITIES
 from engine.errors import IncompatibleError, UsageError
 from engine.values import Step
-from engine.words import did_you_mean
+from engine.words import did_you_mean, listing
 
 COMMANDS = {
     "plan": "show what would be run, and why, without running it",
     "profiles": "list and show profiles",
     "doctor": "show what this machine has, and what is missing",
     "calibrate": "measure this machine's card once, for better plans",
+}
+_FLAGS = {
+    "torch_dtype": "dtype",
+    "enable_vae_slicing": "vae_slicing",
+    "enable_vae_tiling": "vae_tiling",
+    "enable_cpu_offload": "model_offload",
+    "enable_sequential_cpu_offload": "sequential_offload",
+    "enable_group_offloading": "group_offload",
+    "enable_layerwise_casting": "layerwise_casting",
 }
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -42,8 +51,13 @@ class Parser(argparse.ArgumentParser):
 
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Return the parsed arguments. Raises: UsageError."""
-        options, rest = self.parse_known_args([_underscored(a) for a in arguments])
+        words = [_underscored(a) for a in arguments]
+        if foreign := [w for w in words if any("\ud800" <= c <= "\udfff" for c in w)]:
+            what = foreign[0].encode("utf-8", "replace").decode()
+            raise UsageError(f"{what!r} is not text in UTF-8", do="write it in UTF-8, or give the file another name")
+        options, rest = self.parse_known_args(words)
         if not rest:
+            options.told = self._told(words)
             return options
         flags = sorted(o for action in self._actions for o in action.option_strings if o.startswith("--"))
         what = "option" if rest[0].startswith("-") else "argument"
@@ -52,8 +66,24 @@ class Parser(argparse.ArgumentParser):
             do=f"{did_you_mean(rest[0].partition('=')[0], flags)} `{self.prog} --help` lists them".strip(),
         )
 
+    def _told(self, words: Sequence[str]) -> dict[str, str]:
+        """Return what was said, as destinations with their flags: one that says its default was said, too."""
+        flags = {flag: a.dest for a in self._actions for flag in a.option_strings if flag.startswith("--")}
+        said = (w.partition("=")[0] for w in words)
+        return {flags[w]: w for w in said if w in flags}
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{self.prog}: {message}", do=f"`{self.prog} --help` shows how it is written")
+
+
+def alone(options: argparse.Namespace, owner: str, beside: Collection[str], why: str) -> None:
+    """Refuse a flag that was given beside `owner`, unless it is one of `beside`. Raises: UsageError, naming both."""
+    others = [flag for dest, flag in options.told.items() if dest not in (owner, *beside)]
+    if others:
+        listed = listing(dict.fromkeys(others))
+        raise UsageError(
+            f"{options.told[owner]} and {listed} contradict each other", why, f"leave {listed} out, or --{owner}"
+        )
 
 
 def _underscored(argument: str) -> str:
@@ -183,10 +213,9 @@ def _add_choice(parser: Parser) -> None:
 
 
 def request(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of `engine.resolve` that both commands share. Raises: UsageError."""
-    call = dict(_call_argument(text) for text in options.call)
-    if options.negative_prompt is not None:
-        call["negative_prompt"] = options.negative_prompt
+    """Return the arguments of `engine.resolve` that both commands share. Raises: UsageError, IncompatibleError."""
+    _refuse_contradictions(options)
+    call = _call(options)
     return {
         "model": options.model,
         "height": options.height,
@@ -202,6 +231,67 @@ def request(options: argparse.Namespace) -> dict[str, Any]:
         "host_ram": options.host_ram,
         "headroom": options.headroom,
     }
+
+
+def _call(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the further arguments of the call. Raises: UsageError, for one that is given two values."""
+    said: dict[str, tuple[str, Any]] = {}
+    if options.negative_prompt is not None:
+        said["negative_prompt"] = "--negative_prompt", options.negative_prompt
+    for text in options.call:
+        name, value = _call_argument(text)
+        if name in said and said[name][1] != value:
+            raise UsageError(
+                f"{said[name][0]} and --call {text} contradict each other", f"both give {name}", "leave one of them out"
+            )
+        said[name] = f"--call {text}", value
+    return {name: value for name, (_, value) in said.items()}
+
+
+def _refuse_contradictions(options: argparse.Namespace) -> None:
+    """Refuse flags of which only one can be meant, naming both. Raises: UsageError, IncompatibleError."""
+    for beside in ("gpu", "vram"):
+        if options.device == "cpu" and beside in options.told:
+            why = "one leaves the card alone, the other says how to use it"
+            raise UsageError(f"--device cpu and --{beside} contradict each other", why, "leave one of them out")
+    said = _named(options)
+    for name in options.forbid:
+        if name in said:
+            why = f"{name} cannot be required and forbidden"
+            raise IncompatibleError(
+                f"{said[name]} and --forbid {name} contradict each other", why, "leave one of them out"
+            )
+    for name, flag in said.items():
+        spec = optimizers.spec(name)
+        if "quality" in options.told and QUALITIES.index(spec.quality) > QUALITIES.index(options.quality):
+            raise UsageError(
+                f"{flag} and --quality {options.quality} contradict each other",
+                f"{name} is {spec.quality}: {spec.summary}",
+                f"allow --quality {spec.quality}, or leave {flag} out",
+            )
+    _refuse_exclusive(said)
+
+
+def _refuse_exclusive(said: Mapping[str, str]) -> None:
+    """Refuse flags whose optimizers exclude each other whatever the model and the machine are."""
+    steps = [optimizers.spec(name).step() for name in said]
+    from engine import compat  # and YAML with it: an interrupt before `main` has no exit code
+
+    broken = [
+        f for f in compat.under(compat.Facts(libraries=compat.installed())).findings(steps) if f.rule.kind == "excludes"
+    ]
+    if broken:
+        flags = listing(dict.fromkeys(said[name] for f in broken for name in f.subjects))
+        refusal = compat.refusal(broken)
+        raise IncompatibleError(f"{flags} contradict each other: {refusal.what}", refusal.why, refusal.do)
+
+
+def _named(options: argparse.Namespace) -> dict[str, str]:
+    """Return the optimizers that are asked for, each with the flag that does. Raises: UsageError."""
+    said = {name: f"--{flag}" for flag, name in _FLAGS.items() if getattr(options, flag)}
+    if options.backend == "xdit":
+        said["xdit"] = "--backend xdit"
+    return {optimizers.spec(n).name: f"--require {n}" for n in options.require} | said
 
 
 def _call_argument(text: str) -> tuple[str, Any]:
@@ -230,8 +320,8 @@ def constraints(options: argparse.Namespace) -> dict[str, Any]:
 
 def exact(options: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments of `engine.resolve` for exactly the listed flags. Raises: UsageError."""
-    for name in ("profile", "require", "forbid"):
-        if getattr(options, name):
+    for name in ("profile", "require", "forbid", "quality", "prefer"):
+        if name in options.told:
             raise UsageError(
                 f"--{name} guides a choice, and there is none to make",
                 "without --auto (or with --exact) the listed optimizers are the whole list",
@@ -242,18 +332,14 @@ def exact(options: argparse.Namespace) -> dict[str, Any]:
 
 def steps(options: argparse.Namespace) -> list[Step]:
     """Return the optimizers that flags and environment variables name. Raises: UsageError, IncompatibleError."""
-    flags: Mapping[str, Callable[[], Step]] = {
+    made: Mapping[str, Callable[[], Step]] = {
         "torch_dtype": lambda: optimizers.spec("dtype").step({"value": options.torch_dtype}),
-        "enable_vae_slicing": optimizers.spec("vae_slicing").step,
-        "enable_vae_tiling": optimizers.spec("vae_tiling").step,
-        "enable_cpu_offload": optimizers.spec("model_offload").step,
-        "enable_sequential_cpu_offload": optimizers.spec("sequential_offload").step,
         "enable_group_offloading": lambda: _from_environment("group_offload", {"type": "DG_GROUP_OFFLOAD_TYPE"}),
         "enable_layerwise_casting": lambda: _from_environment(
             "layerwise_casting", {"storage": "DG_STORAGE_DTYPE", "compute": "DG_COMPUTE_DTYPE"}
         ),
     }
-    listed = [make() for flag, make in flags.items() if getattr(options, flag)]
+    listed = [made.get(flag, optimizers.spec(name).step)() for flag, name in _FLAGS.items() if getattr(options, flag)]
     if options.backend == "xdit":
         listed.append(_xdit(options.num_gpus))
     elif options.num_gpus is not None and options.num_gpus != 1:

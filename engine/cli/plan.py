@@ -26,6 +26,15 @@ def parser() -> options.Parser:
         metavar="FILE.jsonl",
         help="answer many requests, one JSON a line (docs/reference.md); takes no other option",
     )
+    made.add_argument(
+        "--lock", type=Path, metavar="FILE", help="write the plan as a lock, FILE.yaml or FILE.json (docs/locks.md)"
+    )
+    made.add_argument(
+        "--check",
+        type=Path,
+        metavar="FILE",
+        help="does a lock still fit, and would it be planned so again: 0 yes, 3 otherwise, 4 it does not fit",
+    )
     made.add_argument("--timeline", type=Path, metavar="FILE.svg", help="draw the card's memory over the run")
     options.add_job(made)
     options.add_request(made)
@@ -37,16 +46,22 @@ def run(arguments: list[str]) -> int:
     """Print the plan; 4 when nothing fits."""
     given = parser().read(arguments)
     if given.auto and given.exact:
-        raise UsageError("--auto and --exact contradict each other", do="leave one of them out")
+        why = "one chooses, the other applies exactly the listed flags"
+        raise UsageError("--auto and --exact contradict each other", why, "leave one of them out")
     if given.requests is not None:
-        usual = parser()
-        if any(v != usual.get_default(k) for k, v in vars(given).items() if k not in ("requests", "debug")):
-            raise UsageError(
-                "--requests takes no other option", "each line says all of its request", "leave the rest out"
-            )
+        options.alone(given, "requests", ("debug",), "each line of the file says all of its request")
         from engine.cli import requests
 
         return requests.answer_all(given.requests)
+    if given.check is not None:
+        options.alone(given, "check", ("json", "debug"), "a lock says all of its request, and its card")
+        from engine.cli import locks
+
+        return locks.check(given.check, is_json=given.json)
+    if given.lock is not None:
+        from engine import lockfile
+
+        lockfile.check_place(given.lock)
     if given.timeline is not None:
         from engine.cli import drawing
 
@@ -56,6 +71,13 @@ def run(arguments: list[str]) -> int:
         **(options.exact(given) if given.exact else options.constraints(given)),
         told=_tell,
     )
+    from engine import advice
+
+    plan = advice.advise(plan, _tell)
+    if given.lock is not None and plan.fits is not False:
+        # Before anything is printed: whoever reads it may not read it to its end.
+        plan.lock(given.lock)
+        _tell(f"the lock is in {given.lock}")
     print(plan.to_json() if given.json else plan.explain(), flush=True)
     if given.timeline is not None:
         from engine import api, chart

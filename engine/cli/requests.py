@@ -41,10 +41,25 @@ _KEYS = ("id", "hardware", *_PLAIN)
 
 def answer_all(path: Path) -> int:
     """Print the answer to each request of a file. Returns 0 when every line was answered. Raises: FileError."""
-    for number, line in enumerate(_lines(path), 1):
-        if line.strip():
-            print(json.dumps(_answer(line, number)), flush=True)
+    for number, line in lines(path):
+        print(json.dumps(_answer(line, number)), flush=True)
     return 0
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file that say something, each with its number. Raises: FileError."""
+    yield from ((number, line) for number, line in enumerate(_lines(path), 1) if line.strip())
+
+
+def parsed(line: str, number: int) -> Mapping[str, Any]:
+    """Return the request in a line, unchecked. Raises: UsageError."""
+    try:
+        request = json.loads(line, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"line {number} is not JSON", str(error), "write one object a line") from None
+    if not isinstance(request, Mapping):
+        raise UsageError(f"line {number} is not an object", do='write {"id": …, "model": …}')
+    return request
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -62,14 +77,9 @@ def _answer(line: str, number: int) -> dict[str, Any]:
     """Return a plan, or what was wrong, with the request's id (its line's number, where it has none)."""
     name: Any = number
     try:
-        try:
-            request = json.loads(line, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"line {number} is not JSON", str(error), "write one object a line") from None
-        if not isinstance(request, Mapping):
-            raise UsageError(f"line {number} is not an object", do='write {"id": …, "model": …}')
+        request = parsed(line, number)
         name = request.get("id", number)
-        return {"id": name} | dataclasses.asdict(_plan(request))
+        return {"id": name} | dataclasses.asdict(engine.resolve(**arguments(request)))
     except DgRunError as error:
         return {"id": name, "error": _told(error)}
     except RecursionError:
@@ -87,8 +97,8 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 
-def _plan(request: Mapping[str, Any]) -> engine.Plan:
-    """Return the plan of one request. Raises: DgRunError."""
+def arguments(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `engine.resolve` for a request. Raises: UsageError."""
     _refuse_unknown(request, _KEYS)
     hardware = {} if request.get("hardware") is None else request["hardware"]
     if not isinstance(hardware, Mapping):
@@ -98,7 +108,7 @@ def _plan(request: Mapping[str, Any]) -> engine.Plan:
     for key, kind in _KINDS:
         if key in given and not isinstance(given[key], kind):
             raise UsageError(f"{key} is not {'an object' if kind is dict else 'a list' if kind is list else 'text'}")
-    return engine.resolve(**given, **{k: v for k, v in hardware.items() if v is not None})
+    return {**given, **{k: v for k, v in hardware.items() if v is not None}}
 
 
 def _refuse_unknown(given: Mapping[str, Any], known: tuple[str, ...]) -> None:

@@ -145,7 +145,7 @@ def _measured(gpu: Gpu, host: str, assumed: Speeds | None, found: Calibration) -
     multiprocessors = found.multiprocessors or base.multiprocessors
     # A product of this size left some multiprocessors idle at its end, as any product does.
     whole = replace(base, multiprocessors=multiprocessors)
-    rates = {d: p.flop_per_s / _fill(1, p.side, p.side, whole) for d, p in found.products.items()}
+    rates = {d: p.flop_per_s / _fill(1, p.side, p.side, d, whole) for d, p in found.products.items()}
     peak = dict(base.peak_flop_per_s)
     if assumed is None:
         plain = rates["float32"]
@@ -196,37 +196,49 @@ def _peaks(rates: Rates, capability: tuple[int, int]) -> dict[str, float]:
 
 def work_seconds(work: Work, speed: Speeds) -> float:
     """Return how long the device is busy with one operator."""
-    data = _data()
     moving: float = work.moved_bytes / speed.memory_bytes_per_s
-    shortest: float = float(data["kernel_s"]["value"])
+    shortest: float = float(_data()["kernel_s"]["value"])
+    return 0.0 if work.kind == "wait" else shortest + _busy(work, speed, moving)
+
+
+def _busy(work: Work, speed: Speeds, moving: float) -> float:
+    """Return the seconds of an operator's kernels at work, `moving` being those of its bytes alone."""
+    data = _data()
     rate = speed.flop_per_s.get(work.dtype, speed.flop_per_s["float32"])
     peak = speed.peak_flop_per_s.get(work.dtype, speed.peak_flop_per_s["float32"])
     match work.kind:
-        case "wait":
-            return 0.0
         case "matmul":
             batch, m, n, k = work.dims
-            return max(2 * batch * m * n * k / (rate * _fill(batch, m, n, speed)), moving, shortest)
+            return max(2 * batch * m * n * k / (rate * _fill(batch, m, n, work.dtype, speed)), moving)
         case "attention":
             batch, heads, queries, keys, width, kernel = work.dims
             measured = speed.attention_flop_per_s.get(_attention_column(width, kernel, work.dtype))
-            reached = measured or peak * _attention(width, kernel, speed)
-            return max(4 * batch * heads * queries * keys * width / reached, shortest)
+            reached = measured or peak * _attention(width, kernel, work.dtype, speed)
+            return 4 * batch * heads * queries * keys * width / reached
         case "conv":
-            return max(_conv_flop(work) / convolution_rate(work.dtype, speed) + 2 * moving, shortest)
+            # Layouts are converted before and after, and the bias is added by a kernel of its own.
+            around = 0 if workspaces.is_product(work, speed.capability) else 2 * moving
+            around += 2 * workspaces.output_bytes(work) / speed.memory_bytes_per_s
+            return _conv_flop(work) / convolution_rate(work.dtype, speed) + around
         case "group_norm":
             # The reduction runs in one block a group; then all is read again and written.
-            per_group = float(data["group_norm_bytes_per_s_a_group"]["value"])
+            per_group = float(data["group_norm_values_per_s_a_group"]["value"]) * _item_bytes(work.dtype)
             reading = work.moved_bytes / 2 / min(max(1, work.dims[0]) * per_group, speed.memory_bytes_per_s)
-            return max(reading + moving, shortest)
-    return max(moving, shortest)
+            return reading + moving
+    return moving
 
 
-def _fill(batch: int, m: int, n: int, speed: Speeds) -> float:
+def _item_bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def _fill(batch: int, m: int, n: int, dtype: str, speed: Speeds) -> float:
     """Return the share of multiprocessors that a product's tiles keep busy."""
     if not speed.multiprocessors or not batch * m * n:
         return 1.0
     tile = _data()["matmul_tile"]
+    if speed.capability >= (9, 0) and not speed.is_half_rate and dtype != "float32":
+        tile = tile["9.0"]
     tiles = batch * math.ceil(m / tile["rows"]) * math.ceil(n / tile["columns"])
     # Tiles that are only begun compute nothing in their margin.
     begun = (m / tile["rows"] / math.ceil(m / tile["rows"])) * (n / tile["columns"] / math.ceil(n / tile["columns"]))
@@ -243,13 +255,17 @@ def _attention_column(width: int, kernel: int, dtype: str) -> str:
     return "" if kernel == 2 else "64" if width <= 64 else "128"
 
 
-def _attention(width: int, kernel: int, speed: Speeds) -> float:
+def _attention(width: int, kernel: int, dtype: str, speed: Speeds) -> float:
     shares = _data()["attention_share"]
     if kernel == 2 or width > 256:
-        return float(shares["efficient"]["value"])
+        # Float32 is computed on units that are as they were.
+        outgrown = (9, 0) <= speed.capability < (12, 0) and not speed.is_half_rate and dtype != "float32"
+        return float(shares["efficient"]["9.0" if outgrown else "value"])
     column = "64" if width <= 64 else "128"
     if speed.is_half_rate:
         return float(shares["half_rate"][column])
+    if workspaces.cudnn_attends(speed.capability):
+        return float(shares["cudnn"][column])
     return float(shares["9.0" if speed.capability >= (9, 0) else "8.0"][column])
 
 
@@ -259,14 +275,16 @@ def convolution_rate(dtype: str, speed: Speeds) -> float:
         return measured
     plain = speed.peak_flop_per_s["float32"]
     peak = speed.peak_flop_per_s["convolution"] if dtype == "float32" else speed.peak_flop_per_s.get(dtype, plain)
-    return peak * _convolution(speed)
+    return peak * _convolution(dtype, speed)
 
 
-def _convolution(speed: Speeds) -> float:
+def _convolution(dtype: str, speed: Speeds) -> float:
     shares = _data()["convolution_share"]
     if speed.is_half_rate:
         return float(shares["half_rate"]["value"])
-    return float(shares["9.0" if speed.capability >= (9, 0) else "full_rate"]["value"])
+    if speed.capability >= (9, 0):
+        return float(shares["9.0"]["float32" if dtype == "float32" else "half"])
+    return float(shares["full_rate"]["value"])
 
 
 def _conv_flop(work: Work) -> int:

@@ -29,11 +29,18 @@ _ASKED = ("model", "height", "width", "frames", "batch", "guidance", "call")
 
 
 class DryRunner:
-    """A process that makes dry runs, one after another."""
+    """A process that makes dry runs, one after another. Whoever holds `one_at_a_time` is alone with it."""
 
     def __init__(self) -> None:
+        self._forget()
+        if hasattr(os, "register_at_fork"):
+            # A forked child would speak into its parent's pipes, and take the parent's answers for its own.
+            os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        """Begin with no process, and with a lock that nobody holds."""
         self._process: subprocess.Popen[bytes] | None = None
-        self._one_at_a_time = threading.Lock()
+        self.one_at_a_time = threading.RLock()
 
     def trace(
         self, model: Model, request: Request, dtype: str, changes: Sequence[Step] = (), *, is_plain: bool = False
@@ -52,12 +59,14 @@ class DryRunner:
             },
             default=str,
         )
-        try:
-            with self._one_at_a_time:
+        with self.one_at_a_time:
+            try:
                 head, content = self._asked(question.encode() + b"\n")
-        except BaseException:
-            self.close()  # an answer that was not read to its end would be taken for the next one's
-            raise
+            except BaseException:
+                # An answer that was not read to its end would be taken for the next one's. Nobody else's process is
+                # ended here, since the next asker starts only after this.
+                self.close()
+                raise
         if "error" in head:
             raise _error(head["error"])
         return content

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from engine import history, optimizers
@@ -16,10 +18,15 @@ from engine.optimizers import placing
 from engine.values import Estimate, Gpu, Request, Step
 
 if TYPE_CHECKING:
+    from engine.estimate.bounds import Bounds, Least
+    from engine.estimate.clock import Speeds
     from engine.estimate.timeline import Timeline
     from engine.estimate.trace import Trace
 
 UNKNOWN = Estimate()
+_REQUESTS_KEPT = 32
+_LEASTS: dict[tuple[str, str], dict[str, Least]] = {}
+"""A bound of a trace that is not there yet is weaker than its own: what was asked before it was made stays valid."""
 
 
 class Estimator:
@@ -48,6 +55,13 @@ class Estimator:
         self._told = told
         self._keys: dict[tuple[str, ...], str] = {}
         self._answers: dict[str, store.Answers] = {}
+        self._stored = {n: c.stored_dtype for n, c in model.components.items()}
+        self._card = None if gpu is None else store.card_key(gpu, request, self._stored, self._measured_by)
+        self._speed: Speeds | None = None
+        self._ways: dict[tuple[str, str], Trace] = {}
+        self._beside: dict[tuple[str, ...], tuple[Estimator, Estimator, float] | None] = {}
+        self._found: dict[str, Estimate] = {}
+        self._bounded: dict[tuple[str, ...], tuple[Bounds, dict[str, float] | None] | None] = {}
 
     def __call__(self, steps: Sequence[Step]) -> Estimate:
         """Return what a run under these steps takes; every field None where it is not known.
@@ -61,16 +75,20 @@ class Estimator:
         self.because = self._unknown(steps, dtype)
         if self.because is not None or self.gpu is None:
             return UNKNOWN
-        wanted = self._key(steps)
-        answers = self._answers.setdefault(wanted, store.Answers(wanted))
-        stored = {n: c.stored_dtype for n, c in self.model.components.items()}
-        name = store.case(steps, self.gpu, self.request, stored, self._measured_by)
+        asked = "; ".join(map(str, steps))
+        if asked in self._found:
+            return self._found[asked]
+        answers = self._answers_of(self._key(dtype, _changes(steps)))
+        name = f"{self._card} {asked}"
         found = answers.get(name)
         if found is None:
-            trace = self._trace(steps)
+            trace = self._trace(dtype, _changes(steps), way(steps))
             if trace is None:
                 neighbours = self._between(steps)
-                return UNKNOWN if neighbours is None else self._told_by_runs(steps, neighbours)
+                if neighbours is None:
+                    return UNKNOWN
+                self._found[asked] = self._told_by_runs(steps, neighbours)
+                return self._found[asked]
             from engine.estimate.whole import estimate
 
             found = estimate(
@@ -79,12 +97,147 @@ class Estimator:
                 self.gpu,
                 dtype=dtype,
                 denoising_steps=self.request.steps,
-                stored=stored,
+                stored=self._stored,
                 absent=self.request.components,
                 calibration=self.calibration,
             )
             answers.put(name, found)
-        return self._told_by_runs(steps, found)
+        self._found[asked] = self._told_by_runs(steps, found)
+        return self._found[asked]
+
+    def least(self, steps: Sequence[Step]) -> Least | None:
+        """Return the least that a run under these steps takes, without a replay; None where it is not known.
+
+        It may make the dry run of the plain pipeline, and never one for tiles of another size. Raises: as an estimate.
+        """
+        asked = "; ".join(map(str, steps))
+        if asked not in self._leasts:
+            found = self._least(steps)
+            if found is None:
+                return None
+            self._leasts[asked] = found
+        return self._leasts[asked]
+
+    def _least(self, steps: Sequence[Step]) -> Least | None:
+        if self._unknown(steps, dtype := _dtype(steps)) is not None or self.gpu is None or self._context is None:
+            return None
+        changes, along = _changes(steps), way(steps)
+        found = self._bounds(dtype, changes, along, may_trace=False)
+        is_own = found is not None
+        if found is None:
+            others = tuple(s for s in changes if s.name != "vae_tiling")
+            is_own = others == changes
+            found = self._bounds(dtype, others, along if is_own else "", may_trace=True)
+        if found is None:
+            return None
+        bounds, seconds = found
+        computing = None if seconds is None else sum(s for n, s in seconds.items() if is_own or "decode" not in n)
+        return bounds.least(
+            steps,
+            context_bytes=self._context,
+            computing_s=computing,
+            speed=self._speeds(),
+            denoising_steps=self.request.steps,
+            is_own=is_own,
+        )
+
+    def timed(self, steps: Sequence[Step]) -> float | None:
+        """Return the seconds that the estimate will give, without the rest of it; None where no trace is there yet."""
+        dtype, changes = _dtype(steps), _changes(steps)
+        if self._unknown(steps, dtype) is not None or self.gpu is None:
+            return None
+        asked = "; ".join(map(str, steps))
+        if asked in self._found:
+            return self._found[asked].seconds
+        key = self._key(dtype, changes)
+        answers = self._answers_of(key)
+        name = f"{self._card} seconds {asked}"
+        if (known := answers.get(f"{self._card} {asked}")) is not None:
+            return known.seconds
+        if answers.note(name) is None:
+            trace = store.known(key)
+            if trace is None:
+                return None
+            from engine.estimate import whole
+
+            along = self._along(key, trace, way(steps))
+            speed = self._speeds()
+            found = whole.seconds_of(along, steps, speed, dtype=dtype, denoising_steps=self.request.steps)
+            answers.keep(name, found)
+        seconds = answers.note(name)
+        return float(seconds) if isinstance(seconds, int | float) else None
+
+    def _along(self, key: str, trace: Trace, name: str) -> Trace:
+        """Return one way through a trace without what is absent, made once."""
+        if (key, name) not in self._ways:
+            self._ways[key, name] = trace.along(name).without(self.request.components)
+        return self._ways[key, name]
+
+    def sizes(self, dtype: str) -> Mapping[str, int]:
+        """Return the bytes of each component's weights in a dtype; empty without a trace. Raises: as `least`."""
+        if self._unknown((), dtype) is not None:
+            return {}
+        found = self._bounds(dtype, (), "", may_trace=True)
+        return {} if found is None else {n: p.weights_bytes for n, p in found[0].parts.items()}
+
+    @functools.cached_property
+    def _leasts(self) -> dict[str, Least]:
+        """Bounds by steps, shared by all that ask for one request on one card: a hundred of them, a request."""
+        asked = store.key(self.model, self.request, ""), self._card or ""
+        for oldest in list(_LEASTS)[:-_REQUESTS_KEPT]:
+            _LEASTS.pop(oldest, None)
+        return _LEASTS.setdefault(asked, {})
+
+    @functools.cached_property
+    def _context(self) -> int | None:
+        """What CUDA takes of the card before anything is computed."""
+        from engine.estimate import workspaces
+
+        capability = None if self.gpu is None else self.gpu.compute_capability
+        return None if capability is None else workspaces.context_bytes(capability, self.calibration)
+
+    def _speeds(self) -> Speeds | None:
+        if self._speed is None and self.gpu is not None:
+            from engine.estimate import clock
+
+            self._speed = clock.speeds(self.gpu, "value", self.calibration)
+        return self._speed
+
+    def _bounds(
+        self, dtype: str, changes: tuple[Step, ...], along: str, *, may_trace: bool
+    ) -> tuple[Bounds, dict[str, float] | None] | None:
+        """Return the bounds of one way through a trace, and the seconds by phase with everything on the device."""
+        asked = dtype, along, *map(str, changes)
+        if asked in self._bounded:
+            return self._bounded[asked]
+        from engine.estimate.bounds import Bounds, of_trace
+
+        key = self._key(dtype, changes)
+        answers = self._answers_of(key)
+        bounds_name = f"bounds {along} {sorted(self.request.components)}"
+        seconds_name = f"{self._card} computing {along}"
+        kept, seconds = answers.note(bounds_name), answers.note(seconds_name)
+        bounds = None
+        with contextlib.suppress(TypeError, KeyError, AttributeError):
+            bounds = None if kept is None else Bounds.from_json(kept)
+        if bounds is None or seconds is None:
+            trace = self._trace(dtype, changes, along) if may_trace else store.known(key)
+            if trace is None:
+                return None
+            from engine.estimate import whole
+
+            trace = trace.along(along).without(self.request.components)
+            bounds = of_trace(trace)
+            seconds = whole.computing_seconds(trace, self._speeds(), self.request.steps)
+            answers.keep(bounds_name, bounds.to_json())
+            answers.keep(seconds_name, seconds)
+        self._bounded[asked] = bounds, seconds
+        return self._bounded[asked]
+
+    def _answers_of(self, key: str) -> store.Answers:
+        if key not in self._answers:
+            self._answers[key] = store.Answers(key)
+        return self._answers[key]
 
     def _told_by_runs(self, steps: Sequence[Step], found: Estimate) -> Estimate:
         """Return an estimate within the budget, its interval as the remembered runs have it: these are not kept."""
@@ -107,7 +260,7 @@ class Estimator:
         self.because = self._unknown(steps, dtype)
         if self.because is not None or self.gpu is None:
             return None
-        trace = self._trace(steps)
+        trace = self._trace(dtype, _changes(steps), way(steps))
         if trace is None:
             return None
         from engine.estimate import timeline
@@ -128,22 +281,36 @@ class Estimator:
             return "xdit runs on several cards, and estimates are of one"
         return None
 
-    def _key(self, steps: Sequence[Step]) -> str:
-        dtype, changes = _dtype(steps), _changes(steps)
+    def _key(self, dtype: str, changes: tuple[Step, ...]) -> str:
         asked = dtype, *map(str, changes)
         if asked not in self._keys:
             self._keys[asked] = store.key(self.model, self.request, dtype, changes)
         return self._keys[asked]
 
-    def _trace(self, steps: Sequence[Step]) -> Trace | None:
-        is_plain = self.request.exact and not way(steps)
-        found = store.find(self.model, self.request, _dtype(steps), _changes(steps), self._told, is_plain=is_plain)
+    def _trace(self, dtype: str, changes: tuple[Step, ...], along: str) -> Trace | None:
+        is_plain = self.request.exact and not along
+        found = store.find(self.model, self.request, dtype, changes, self._told, is_plain=is_plain)
         if found is None:
             self.because = "torch, diffusers and transformers are needed for a dry run, and not all are installed"
         return found
 
     def _between(self, steps: Sequence[Step]) -> Estimate | None:
         """Return what lies between the nearest sizes whose traces are there; None where one side has none."""
+        neighbours = self._neighbours(_dtype(steps), _changes(steps))
+        if neighbours is None:
+            return None
+        low, high = (estimator(steps) for estimator in neighbours[:2])
+        self.because = None
+        return between(low, high, neighbours[2])
+
+    def _neighbours(self, dtype: str, changes: tuple[Step, ...]) -> tuple[Estimator, Estimator, float] | None:
+        """Return what estimates the nearest smaller and larger picture, and where between them this one lies."""
+        asked_for = dtype, *map(str, changes)
+        if asked_for not in self._beside:
+            self._beside[asked_for] = self._looked_for(dtype, changes)
+        return self._beside[asked_for]
+
+    def _looked_for(self, dtype: str, changes: tuple[Step, ...]) -> tuple[Estimator, Estimator, float] | None:
         usual, pixels = self.model.defaults, self.request.pixels
         if pixels is None:
             return None
@@ -154,7 +321,7 @@ class Estimator:
         above: tuple[int, Request] | None = None
         for height, width in sorted(sizes, key=lambda size: size[0] * size[1]):
             asked = dataclasses.replace(self.request, height=height, width=width)
-            if store.known(store.key(self.model, asked, _dtype(steps), _changes(steps))) is None:
+            if store.known(store.key(self.model, asked, dtype, changes)) is None:
                 continue
             if height * width <= pixels:
                 below = height * width, asked
@@ -163,11 +330,9 @@ class Estimator:
         if below is None or above is None:
             return None
         low, high = (
-            Estimator(self.model, asked, self.gpu, None, calibration=self.calibration)(steps)
-            for _, asked in (below, above)
+            Estimator(self.model, asked, self.gpu, None, calibration=self.calibration) for _, asked in (below, above)
         )
-        self.because = None
-        return between(low, high, (pixels - below[0]) / (above[0] - below[0]))
+        return low, high, (pixels - below[0]) / (above[0] - below[0])
 
     def save(self) -> None:
         """Keep the answers that are new."""

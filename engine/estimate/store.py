@@ -12,13 +12,13 @@ import functools
 import hashlib
 import importlib.util
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine import paths, versions
 from engine.estimate.dryrunner import DryRunner
-from engine.facts.model import Component, Model
+from engine.facts.model import Model
 from engine.files import write
 from engine.values import Estimate, Gpu, HostBytes, Interval, Phase, Request, Step
 
@@ -37,6 +37,7 @@ _KEPT_IN_MEMORY = 4
 SHIPPED_SIDES_PX = (512, 1024)
 """Sides of the square pictures that traces are shipped for, beside each model's own size."""
 _dry = DryRunner()
+_LOCK_S = 10
 # What is known of a component's weights as they lie on disk: no matter to a run that has none.
 _OF_FILES = ("stored_dtype", "variants")
 
@@ -48,7 +49,7 @@ def key(model: Model, request: Request, dtype: str, changes: Sequence[Step] = ()
     """
     content: dict[str, Any] = {
         "pipeline": model.pipeline_class,
-        "components": {n: _configured(c) for n, c in model.components.items()},
+        "components": _configured(model),
         "sizes": [request.height, request.width, request.frames, request.batch],
         "guidance": request.guidance,
         "call": dict(request.call),
@@ -61,8 +62,21 @@ def key(model: Model, request: Request, dtype: str, changes: Sequence[Step] = ()
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _configured(component: Component) -> dict[str, Any]:
-    return {k: v for k, v in dataclasses.asdict(component).items() if k not in _OF_FILES}
+def _configured(model: Model) -> dict[str, Any]:
+    """Return what of a model's components decides a trace. Copied once for each model: there are hundreds of keys."""
+    known = _configurations.get(id(model))
+    if known is None or known[0] is not model:
+        made = {
+            name: {k: v for k, v in dataclasses.asdict(component).items() if k not in _OF_FILES}
+            for name, component in model.components.items()
+        }
+        known = _configurations[id(model)] = model, made
+        for oldest in list(_configurations)[:-_KEPT_IN_MEMORY]:
+            _configurations.pop(oldest, None)
+    return known[1]
+
+
+_configurations: dict[int, tuple[Model, dict[str, Any]]] = {}
 
 
 @functools.cache
@@ -134,31 +148,33 @@ def find(
     found = known(wanted) or (known(f"{wanted}-plain") if is_plain else None)
     if found is not None or not can_trace():
         return found
-    if told is not None:
-        told(f"dry run of {model.id} (once for each size; some seconds, no weights)")
     from engine.estimate import tracefile
 
-    made = _dry.trace(model, request, dtype, changes, is_plain=is_plain)
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
-        write(_cached_path(f"{wanted}-plain" if is_plain else wanted), made)
+    with _dry.one_at_a_time:
+        # Another thread may have made it meanwhile.
+        found = known(wanted) or (known(f"{wanted}-plain") if is_plain else None)
+        if found is not None:
+            return found
+        if told is not None:
+            told(f"dry run of {model.id} (once for each size; some seconds, no weights)")
+        made = _dry.trace(model, request, dtype, changes, is_plain=is_plain)
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+            write(_cached_path(f"{wanted}-plain" if is_plain else wanted), made)
     return tracefile.load(made)
 
 
-def case(
-    steps: Sequence[Step],
-    gpu: Gpu,
-    request: Request,
-    stored: Mapping[str, str | None],
-    calibration: str | None = None,
-) -> str:
-    """Return what an estimate from one trace is known by; `calibration` is the digest of its card's."""
+def card_key(gpu: Gpu, request: Request, stored: Mapping[str, str | None], calibration: str | None = None) -> str:
+    """Return what every estimate from one trace has in common: the card, the files, and the number of steps.
+
+    `calibration` is the digest of the card's.
+    """
     content = [
-        [[s.name, dict(s.params)] for s in steps],
         [gpu.name, gpu.arch, gpu.total_bytes, gpu.pcie_generation, gpu.pcie_width, gpu.mig],
         [gpu.cores, gpu.sm_clock_mhz, gpu.memory_clock_mhz, gpu.memory_bus_bits],
         request.steps,
         sorted(request.components),
         dict(stored),
+        versions.torch(),
         versions.cudnn(),
         calibration,
     ]
@@ -191,12 +207,34 @@ class Answers:
     def put(self, name: str, estimate: Estimate) -> None:
         self._new[name] = dataclasses.asdict(estimate)
 
+    def note(self, name: str) -> Any:
+        """Return something else that was found out from the trace, as JSON has it; None where nothing was."""
+        return self._new.get(name, self._old.get(name))
+
+    def keep(self, name: str, value: Any) -> None:
+        self._new[name] = value
+
     def save(self) -> None:
-        """Keep what is new, beside what others have kept meanwhile."""
-        if self._new:
+        """Keep what is new, beside what others have kept meanwhile: of those that save at once none loses."""
+        if not self._new:
+            return
+        with contextlib.suppress(OSError), _alone(self._path.parent):
             content = json.dumps(self._read() | self._new, separators=(",", ":"))
-            with contextlib.suppress(OSError):
-                write(self._path, content.encode())
+            write(self._path, content.encode())
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the folder of answers while one is merged. Where no lock can be had, go on: at worst an answer is lost."""
+    from filelock import FileLock
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(
+            OSError, NotImplementedError
+        ):  # a Timeout is an OSError; and file systems without locks
+            held.enter_context(FileLock(folder / ".lock", timeout=_LOCK_S))
+        yield
 
 
 def _estimate(content: Mapping[str, Any]) -> Estimate:

@@ -36,12 +36,12 @@ class PhasePeak:
 class Taken:
     """What an operator takes beside its inputs and outputs while it computes.
 
-    `for_good_bytes` is kept from the first such operator on (a library's own workspace, one for all its calls).
+    Those of `for_good_bytes` are kept from the first such operator on (a library's own workspaces, for all its calls).
     A `given_up` one is done without when there is no room: another algorithm is taken.
     """
 
     bytes: int = 0
-    for_good_bytes: int = 0
+    for_good_bytes: tuple[int, ...] = ()
     is_given_up: bool = False
 
 
@@ -168,8 +168,9 @@ def _replaced(
 
 
 def _workspace(made: Stream, want: Taken, kept: dict[int, int]) -> None:
-    if want.for_good_bytes and want.for_good_bytes not in kept:
-        kept[want.for_good_bytes] = made.allocate(want.for_good_bytes, WORKSPACE)
+    for size in want.for_good_bytes:
+        if size not in kept:
+            kept[size] = made.allocate(size, WORKSPACE)
     if want.bytes:
         key = made.allocate(want.bytes, WORKSPACE)
         made.events.append(-key)

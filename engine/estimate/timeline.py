@@ -91,7 +91,8 @@ def of_trace(
     placement = whole.placed(along, steps, dtype)
     takes = functools.cache(lambda w: workspaces.taken(w, capability, units, calibration))
     made = stream.build(along, placement, takes)
-    return of_stream(made, _sizes(along, placement), workspaces.context_bytes(capability, calibration))
+    context = workspaces.context_bytes(capability, calibration, copies_aside=bool(made.aside))
+    return of_stream(made, _sizes(along, placement), context)
 
 
 def _sizes(trace: Trace, placement: Placement) -> dict[str, int]:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from engine import gpus, optimizers
 from engine.calibration import Calibration
 from engine.estimate import allocator, clock, stream, workspaces
+from engine.estimate.bounds import HOST_BASE_BYTES
 from engine.estimate.clock import Speeds
 from engine.estimate.pinned import pinned_bytes, pinned_in_turn_bytes
 from engine.estimate.placements import (
@@ -31,10 +32,6 @@ from engine.facts.casting import is_text_encoder
 from engine.optimizers import placing
 from engine.optimizers.spec import named
 from engine.values import Estimate, Gpu, HostBytes, Interval, Phase, Step
-
-HOST_BASE_BYTES = 300 * 1024**2
-"""Anonymous memory of a process that has imported torch, diffusers and transformers and loaded nothing: 284 MB,
-measured on Linux with the CPU build of torch 2.13. What CUDA's driver adds is not known, and not counted."""
 
 MARGIN = 0.015
 """Beside the mechanisms' own range: assumed, for what is held and not modelled."""
@@ -120,7 +117,7 @@ def estimate(
     usual = stream.build(along, make(), takes)
     reserved = allocator.replay(usual.events, usual.sizes, marks=[i for i, _ in usual.marks], aside=usual.aside)
     required = allocator.required_bytes(usual.events, usual.sizes, frozenset(usual.optional), aside=usual.aside)
-    context = workspaces.context_bytes(capability, calibration)
+    context = workspaces.context_bytes(capability, calibration, copies_aside=bool(usual.aside))
     host = host_bytes(along, make(), stored, dtype)
     by_host = {h: clock.speeds(gpu, h, calibration) for h in ("low", "value", "high")}
     seconds = _seconds(along, make, by_host, along.usual_steps if denoising_steps is None else denoising_steps)
@@ -185,7 +182,33 @@ def _seconds(
     for host, speed in by_host.items():
         if speed is None:
             return None
-        found[host] = {p.name: p.seconds for p in clock.phases(trace, make, speed, steps)}
+        found[host] = _by_phase(clock.phases(trace, make, speed, steps))
+    return found
+
+
+def seconds_of(
+    trace: Trace, steps: Sequence[Step], speed: Speeds | None, *, dtype: str, denoising_steps: int | None
+) -> float | None:
+    """Return the seconds that `estimate` would give, and nothing else: a tenth of its work. `trace` as there."""
+    if speed is None:
+        return None
+    make = functools.partial(placed, trace, steps, dtype)
+    usual = trace.usual_steps if denoising_steps is None else denoising_steps
+    return round(sum(_by_phase(clock.phases(trace, make, speed, usual)).values()), 3)
+
+
+def _by_phase(phases: Sequence[clock.PhaseSeconds]) -> dict[str, float]:
+    return {p.name: p.seconds for p in phases}
+
+
+def computing_seconds(trace: Trace, speed: Speeds | None, steps: int | None) -> dict[str, float] | None:
+    """Return the seconds by phase of a run with everything on the device; None for a card without rates."""
+    if speed is None:
+        return None
+    found: dict[str, float] = {}
+    usual = trace.usual_steps if steps is None else steps
+    for phase in clock.phases(trace, functools.partial(Resident, trace), speed, usual):
+        found[phase.name] = found.get(phase.name, 0.0) + phase.seconds
     return found
 
 

@@ -23,8 +23,10 @@ from engine.units import MIB
 _LIBRARIES = Path(__file__).parents[1] / "gpus" / "libraries.json"
 _ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _INDEX_MAX = 2**31 - 1
-_CHANNELS_TOGETHER = 8
-"""Converted tensors have whole groups of eight channels."""
+_CHANNELS_BYTES = 16
+"""Converted tensors have whole groups of channels of so many bytes: measured on 9.0, 3 channels as 8 and as 4."""
+_SHARED_FROM = (2, 12)
+"""The version of torch from which on cublasLt's products use the workspace of cuBLAS."""
 _ALIKE_BYTES, _ALIKE_SHARE = 2 * MIB, 0.02
 """A workspace that was measured is explained by what differs from it by no more: cuDNN takes a little beside."""
 
@@ -42,11 +44,17 @@ def _by_capability(table: dict[str, Any], capability: tuple[int, int]) -> Any:
     return table[lower[-1] if lower else known[0][1]]
 
 
-def context_bytes(capability: tuple[int, int], calibration: Calibration | None = None) -> int:
-    """Return what a process takes on a card before any tensor: the CUDA context and its kernels."""
+def context_bytes(
+    capability: tuple[int, int], calibration: Calibration | None = None, *, copies_aside: bool = False
+) -> int:
+    """Return what a process takes on a card before any tensor: the CUDA context and its kernels.
+
+    `copies_aside` says that weights are copied on a stream of their own, for which the driver takes more.
+    """
+    aside = int(_libraries()["side_stream_bytes"]["value"]) if copies_aside else 0
     if calibration is not None and calibration.context_bytes is not None:
-        return calibration.context_bytes
-    return int(_by_capability(_libraries()["context_bytes"], capability)["value"])
+        return calibration.context_bytes + aside
+    return int(_by_capability(_libraries()["context_bytes"], capability)["value"]) + aside
 
 
 def taken(
@@ -58,9 +66,9 @@ def taken(
     """Return what one operator takes on a card of this capability, with so many multiprocessors, as calibrated."""
     match work.kind:
         case "matmul":
-            # One workspace a handle and stream, kept. cublasLt shares it from torch 2.11 on.
+            # One workspace a handle and stream, kept.
             table = _libraries()["cublas_workspace_bytes"]
-            return Taken(for_good_bytes=int(_by_capability(table, capability)["value"]))
+            return Taken(for_good_bytes=(int(_by_capability(table, capability)["value"]), *_cublaslt_bytes()))
         case "conv":
             if columns := _columns_bytes(work):
                 return Taken(bytes=columns)
@@ -68,6 +76,15 @@ def taken(
         case "attention":
             return Taken(bytes=attention_bytes(work, capability, multiprocessors))
     return Taken()
+
+
+def _cublaslt_bytes() -> tuple[int, ...]:
+    """Return the workspace of cublasLt, where it does not share that of cuBLAS.
+
+    Measured with torch 2.11 on an H200, and executed by its CUDA build without a card (`truth/phantom`): 1 MiB more.
+    """
+    version = versions.torch()
+    return (MIB,) if version is not None and version < _SHARED_FROM else ()
 
 
 def _columns_bytes(work: Work) -> int:
@@ -87,7 +104,26 @@ def _columns_bytes(work: Work) -> int:
 
 def convolution_bytes(work: Work, capability: tuple[int, int], calibration: Calibration | None = None) -> int:
     """Return the workspace of cuDNN's first choice for a convolution of planar tensors."""
-    return converted_bytes(work, converts(_kind(work.dtype), capability, calibration))
+    if is_product(work, capability):
+        return 0
+    kind = _kind(work.dtype)
+    few = _by_capability(_libraries()["convolution"]["few_channels"], capability)
+    names = few[kind] if work.dims[1] <= few["most"] else converts(kind, capability, calibration)
+    return converted_bytes(work, names)
+
+
+def is_product(work: Work, capability: tuple[int, int]) -> bool:
+    """Whether cuDNN computes a convolution as a product of matrices over the planar tensors as they are.
+
+    Such a one has filters of one pixel and no stride. The products of half precision load whole 16 bytes.
+    """
+    per_dimension = (len(work.dims) - 5) // 5
+    size_in, kernel, stride = (work.dims[5 + i * per_dimension : 5 + (i + 1) * per_dimension] for i in range(3))
+    if work.dims[3:5] != (1, 0) or max(kernel) > 1 or max(stride) > 1:
+        return False
+    products = _by_capability(_libraries()["convolution"]["pointwise"], capability)["product"]
+    is_whole = math.prod(size_in) * _ITEM_BYTES.get(work.dtype, 1) % _CHANNELS_BYTES == 0
+    return work.dtype in products or (is_whole and "whole" in products)
 
 
 def _kind(dtype: str) -> str:
@@ -130,8 +166,7 @@ def converted_bytes(work: Work, names: Sequence[str]) -> int:
     """Return the bytes of a convolution's tensors ("input", "output") as channels-last, with the filters where any is.
 
     Nothing is taken where there is no such plan: depthwise convolutions, which torch computes itself, and outputs of
-    2^31 elements and more. The latter is inferred, and no source says so: FLUX.1-dev's decoder at batch 8 would else
-    need 3 GiB more than was measured at its largest convolution.
+    2^31 elements and more before cuDNN could count so many.
     """
     batch, channels_in, channels_out, groups, _ = work.dims[:5]
     per_dimension = (len(work.dims) - 5) // 5
@@ -140,19 +175,34 @@ def converted_bytes(work: Work, names: Sequence[str]) -> int:
     item = _ITEM_BYTES.get(work.dtype)
     if item is None or not names or (groups > 1 and groups == channels_in):
         return 0
-    if batch * channels_out * size_out > _INDEX_MAX:
+    if batch * channels_out * size_out > _INDEX_MAX and not _counts_beyond():
         return 0
     kernel = math.prod(work.dims[5 + per_dimension : 5 + 2 * per_dimension])
+    padded_in, padded_out = (_padded(channels, item) for channels in (channels_in, channels_out))
     sizes = {
-        "input": batch * size_in * _padded(channels_in) * item,
-        "output": batch * size_out * _padded(channels_out) * item,
+        "input": batch * size_in * padded_in * item,
+        "output": batch * size_out * padded_out * item,
     }
-    filters = _padded(channels_in) * _padded(channels_out) // groups * kernel * item
+    # Filters of one pixel are the same in both layouts.
+    filters = padded_in * padded_out // groups * kernel * item if kernel > 1 else 0
     return sum(sizes[name] for name in names) + filters
 
 
-def _padded(channels: int) -> int:
-    return -(-channels // _CHANNELS_TOGETHER) * _CHANNELS_TOGETHER
+def output_bytes(work: Work) -> int:
+    """Return the bytes of a convolution's output."""
+    per_dimension = (len(work.dims) - 5) // 5
+    return work.dims[0] * work.dims[2] * math.prod(work.dims[-per_dimension:]) * _ITEM_BYTES.get(work.dtype, 4)
+
+
+def _counts_beyond() -> bool:
+    """Whether cuDNN takes tensors of 2^31 elements. A cuDNN that is not seen is taken to be a recent one."""
+    version = versions.cudnn()
+    return version is None or version >= tuple(_libraries()["convolution"]["large"]["below_cudnn"])
+
+
+def _padded(channels: int, item_bytes: int) -> int:
+    together = _CHANNELS_BYTES // item_bytes
+    return -(-channels // together) * together
 
 
 def attention_bytes(work: Work, capability: tuple[int, int], multiprocessors: int | None = None) -> int:
@@ -161,11 +211,11 @@ def attention_bytes(work: Work, capability: tuple[int, int], multiprocessors: in
     The memory-efficient one: outputs, for half precision and widths over 128 (`needs_output_accumulator` of torch's
     kernel_forward.h). The flash kernel: outputs and a log-sum-exp a query, of each split of the keys; none is taken to
     be split where the count of multiprocessors is not known. Before 8.0 the former takes the flash kernel's place. On
-    9.0 and 10.0 cuDNN's own takes that of both where it can; what it wants is not known, and taken to be nothing.
+    9.0 and 10.0 cuDNN's own takes that of both where it can; of an H200 it wants 1.5 KiB, which is nothing.
     """
     batch, heads, queries, keys, width, kernel = work.dims
     is_half = _ITEM_BYTES.get(work.dtype) == 2
-    if is_half and width % 8 == 0 and width <= 256 and _cudnn_attends(capability):
+    if is_half and width % 8 == 0 and width <= 256 and cudnn_attends(capability):
         return 0
     if kernel == 1 and capability >= (8, 0):
         splits = 1 if multiprocessors is None else _flash_splits(batch * heads, queries, keys, width, multiprocessors)
@@ -173,7 +223,7 @@ def attention_bytes(work: Work, capability: tuple[int, int], multiprocessors: in
     return batch * heads * queries * width * 4 if is_half and width > 128 else 0
 
 
-def _cudnn_attends(capability: tuple[int, int]) -> bool:
+def cudnn_attends(capability: tuple[int, int]) -> bool:
     """Whether torch prefers cuDNN's attention: executed (`truth/phantom`) on 9.0, with cuDNN 9.15.1 and not with 9.10.
 
     That 10.0 is as 9.0 is recalled. A cuDNN that is not seen is taken to be a recent one.

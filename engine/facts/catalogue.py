@@ -25,6 +25,7 @@ def ids() -> list[str]:
     return list(_entries())
 
 
+@cache
 def find(name: str) -> Model | None:
     """Return a model of the catalogue, or None. The hub does not tell upper case from lower, and nor does this."""
     entry = _entries().get(name) or next((e for i, e in _entries().items() if i.casefold() == name.casefold()), None)

@@ -110,7 +110,7 @@ class Model:
     def _denoisers(self) -> tuple[Component, ...]:
         return tuple(self.components[n] for n in attention.DENOISERS if n in self.components)
 
-    def _class_of(self, denoiser: Component) -> str:
+    def class_of(self, denoiser: Component) -> str:
         """Return a denoiser's class as the pipeline computes with it: AnimateDiff makes a UNet a UNet with motion."""
         return "UNetMotionModel" if "motion_adapter" in self.components else denoiser.cls
 
@@ -119,13 +119,13 @@ class Model:
         """Whether a denoiser can compute its attention in slices; None where it is not known."""
         if any(c.library != "diffusers" for c in self._denoisers):
             return None
-        return any(attention.slices(self._class_of(c)) for c in self._denoisers)
+        return any(attention.slices(self.class_of(c)) for c in self._denoisers)
 
     @property
     def can_fuse_qkv(self) -> bool | None:
         """Whether a denoiser can project queries, keys and values at once; None where it is not known."""
         found = [
-            attention.fuses_qkv(self._class_of(c), c.config) if c.library == "diffusers" else None
+            attention.fuses_qkv(self.class_of(c), c.config) if c.library == "diffusers" else None
             for c in self._denoisers
         ]
         return True if True in found else None if None in found else False

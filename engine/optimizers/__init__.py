@@ -12,8 +12,8 @@ from typing import cast
 
 from engine.errors import UsageError
 from engine.optimizers.spec import Optimizer, Spec
-from engine.values import Step
-from engine.words import did_you_mean
+from engine.values import FrozenDict, Step
+from engine.words import did_you_mean, listing
 
 _MODULES = (
     "staged_encoding",
@@ -63,3 +63,12 @@ def changing(steps: Iterable[Step]) -> tuple[Step, ...]:
 def placement(steps: Iterable[Step]) -> Step | None:
     """Return the step that says where the weights are that no other step names, if any does (`placing`)."""
     return next((s for s in steps if spec(s.name).is_placement and s.params.get("components") is None), None)
+
+
+def short(step: Step) -> str:
+    """Return a step for reading, without the parameters that have their usual value."""
+    usual = {p.name: p.default for p in spec(step.name).params}
+    given = {k: v for k, v in step.params.items() if k not in usual or v != usual[k]}
+    named = given.pop("components", None)
+    of = f" of {listing(named)}" if isinstance(named, tuple) else ""
+    return str(Step(name=step.name + of, params=FrozenDict(given)))

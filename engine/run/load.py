@@ -106,7 +106,12 @@ def apply_steps(plan: Plan, pipe: Any, here: Context, told: Progress | None = No
         if step.name in idle and spec.changes_computing:
             told.say(f"  {step.name}: no effect on this model")
             continue
-        told.say(f"  {step.name}: {_apply_one(step, pipe, here)}")
+        try:
+            told.say(f"  {step.name}: {_apply_one(step, pipe, here)}")
+        except IncompatibleError:
+            if step.name not in idle:
+                raise
+            told.say(f"  {step.name}: no effect on this model")
     return pipe
 
 

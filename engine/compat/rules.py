@@ -1,0 +1,147 @@
+"""The rules and facts of `schema/compatibility.yaml` as values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from engine import documents, optimizers, paths, validation
+from engine.values import FrozenDict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A step that a rule speaks of: an optimizer, and what its parameters must be."""
+
+    optimizer: str
+    params: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        told = [f"{name}: {_told(wanted)}" for name, wanted in self.params]
+        return f"{self.optimizer} ({', '.join(told)})" if told else self.optimizer
+
+    def accepts(self, params: Mapping[str, Any], dtype: str | None) -> bool:
+        """Whether a step with these parameters is meant, in a run that computes in `dtype` (None: not known)."""
+        return all(accepted(wanted, params.get(name), dtype) for name, wanted in self.params)
+
+
+def accepted(wanted: Any, value: Any, dtype: str | None) -> bool:
+    """Whether a parameter's value is one that a rule asks for."""
+    if isinstance(wanted, dict):  # not Mapping: this is asked a thousand times in a search, and that is slow to ask
+        if "unlike" in wanted:  # named, and another than the run's; what the run itself decides is like it
+            return value is not None and value != "auto" and dtype is not None and value != dtype
+        return value is not None and value != "auto" and value not in wanted["other_than"]
+    return value in wanted if isinstance(wanted, tuple) else bool(value == wanted)
+
+
+def _told(wanted: Any) -> str:
+    if isinstance(wanted, Mapping):
+        ((how, what),) = wanted.items()
+        return f"not {_told(tuple(what))}" if how == "other_than" else f"unlike the {what}"
+    if isinstance(wanted, tuple):
+        return " or ".join(map(_told, wanted))
+    return str(wanted).lower() if isinstance(wanted, bool | None) else str(wanted)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """One entry of `rules`. What its fields mean stands at the head of the file."""
+
+    id: str
+    kind: str
+    subjects: tuple[Subject, ...]
+    when: Mapping[str, Any] = field(default_factory=FrozenDict)
+    beside: tuple[Subject, ...] = ()
+    needs: tuple[Subject, ...] = ()
+    overlap: bool = False
+    parameter: str | None = None
+    because: str
+    remedy: str
+    evidence: tuple[str, ...]
+    packages: tuple[str, ...] = ()
+    basis: str = "shown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fact:
+    """One entry of `facts`: what holds of the libraries, and cannot be broken by a list of optimizers."""
+
+    id: str
+    about: str
+    because: str
+    evidence: tuple[str, ...]
+    packages: tuple[str, ...] = ()
+    basis: str = "shown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Works:
+    """The cells of the matrix in which two optimizers go together, by their column."""
+
+    columns: tuple[str, ...]
+    evidence: tuple[str, ...]
+    basis: str = "shown"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compatibility:
+    """The whole file."""
+
+    planned: Mapping[str, Mapping[str, tuple[Any, ...]]]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    works: tuple[Works, ...]
+    rules: tuple[Rule, ...]
+    facts: tuple[Fact, ...]
+
+
+@cache
+def shipped() -> Compatibility:
+    """Return what the shipped file says, in its order."""
+    document = documents.read(paths.data_dir("schema") / "compatibility.yaml")
+    validation.check_once(document, "compatibility")
+    value = document.value
+    matrix = value["matrix"]
+    return Compatibility(
+        planned=FrozenDict({n: FrozenDict({k: _frozen(v) for k, v in p.items()}) for n, p in value["planned"].items()}),
+        rows=tuple(matrix["rows"]),
+        columns=tuple(matrix["columns"]),
+        works=tuple(Works(**{k: _frozen(v) for k, v in entry.items()}) for entry in matrix["works"]),
+        rules=tuple(_rule(entry) for entry in value["rules"]),
+        facts=tuple(Fact(**{k: _frozen(v) for k, v in entry.items()}) for entry in value["facts"]),
+    )
+
+
+def rules() -> tuple[Rule, ...]:
+    """Return the shipped rules, in their file's order."""
+    return shipped().rules
+
+
+def _rule(entry: Mapping[str, Any]) -> Rule:
+    given = {k: _frozen(v) for k, v in entry.items()}
+    for name in ("subjects", "beside", "needs"):
+        given[name] = tuple(_subject(s) for s in entry.get(name, ()))
+    return Rule(**given)
+
+
+def _subject(entry: str | Mapping[str, Any]) -> Subject:
+    if isinstance(entry, str):
+        return Subject(optimizer=entry)
+    return Subject(
+        optimizer=entry["optimizer"], params=tuple((n, _frozen(v)) for n, v in entry.get("params", {}).items())
+    )
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return FrozenDict({k: _frozen(v) for k, v in value.items()})
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+def known_params(name: str) -> Mapping[str, tuple[Any, ...] | None]:
+    """Return the parameters that a rule may ask for of an optimizer, with their choices (None: any value)."""
+    own = optimizers.spec(name).params if name in optimizers.NAMES else ()
+    choices = {"bool": (True, False), "word": ()}
+    return {p.name: p.choices or choices.get(p.kind) for p in own} | dict(shipped().planned.get(name, {}))
