@@ -88,6 +88,20 @@ def test_pinned_copies_are_rounded_to_powers_of_two_and_take_the_place_of_what_t
     assert found == HostBytes(anonymous_bytes=BASE, pinned_bytes=512 + 16 + 1024 + 64 + 128, file_bytes=0)
 
 
+def test_what_another_placement_keeps_on_the_device_does_not_come_back() -> None:
+    kept = HostBytes(anonymous_bytes=BASE + 12 + 1033 + 70, pinned_bytes=0, file_bytes=300)
+    assert host(placements.ModelOffload(placements.keeping(toy(), ["text_encoder"]))) == kept
+    how = {"text_encoder": None, "unet": placements.Grouping(use_stream=False), "vae": placements.Grouping()}
+    found = host(placements.GroupOffload(toy(), groupings=how))
+    assert found == HostBytes(anonymous_bytes=BASE + 12 + 1033, pinned_bytes=128, file_bytes=300)
+
+
+def test_what_is_pinned_in_turn_is_there_beside_what_it_copies() -> None:
+    """Of the one group that is seen to come, 1000 and 33; its weights stay what they were."""
+    found = host(placements.GroupOffload(toy(), low_cpu_mem_usage=True))
+    assert found == HostBytes(anonymous_bytes=BASE + 12 + 1033 + 70, pinned_bytes=1024 + 64, file_bytes=300)
+
+
 def test_at_block_level_the_vae_is_not_pinned_and_what_is_in_no_list_is_not_either() -> None:
     trace = toy()
     net = dataclasses.replace(trace.component("unet"), blocks=(("unet.a",),))

@@ -60,7 +60,6 @@ SPEC = Spec(
             kind="bool",
             default=None,
             about="with a stream: pin a group while it is copied, and keep no pinned copies; left out: keep them",
-            opens=True,
         ),
     ),
 )
