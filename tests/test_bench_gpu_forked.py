@@ -171,7 +171,7 @@ def test_the_blocks_of_a_peak_are_those_that_were_held_at_it() -> None:
         [2 * mb, 1, "model.py:2 forward"],
         [mb, 1, "model.py:1 forward"],
     ]
-    assert denoise["segments"] == [[20 * mb, mb, "model.py:90 forward"]]
+    assert denoise["segments"] == [[20 * mb, mb, "model.py:90 forward", 90]]
     assert [b[0] for b in decode["blocks"]] == [4 * mb, mb, mb]
     assert decode["blocks_bytes"] == 6 * mb
 

@@ -86,7 +86,8 @@ def _peaks(history: list[dict[str, Any]], begun: list[tuple[str, int]]) -> list[
             most, at = now, dict(live)
         if found and entry["action"] in (_TAKEN, _GIVEN_BACK):
             sign = 1 if entry["action"] == _TAKEN else -1
-            found[-1].setdefault("segments", []).append([sign * entry["size"], now, _where(entry.get("frames") or ())])
+            told = [sign * entry["size"], now, _where(entry.get("frames") or ()), entry["addr"]]
+            found[-1].setdefault("segments", []).append(told)
         if entry["action"] == _ALLOCATED:
             size = -(-entry["size"] // 512) * 512
             live[entry["addr"]] = size, _where(entry.get("frames") or ())

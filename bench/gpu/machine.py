@@ -29,6 +29,7 @@ _COPYING_S = 0.25
 MOST_CONVOLUTIONS, MOST_ATTENTIONS = 16, 4
 MASKED, _WIDEST = 2, 256
 """The kernel of a work that flash attention does not do, and up to which width that is because of a mask."""
+_MOST_ON_CPU_BYTES = MIB
 _BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -50,7 +51,8 @@ def measured(part: str, device: Device, sampler: Sampler, plan: Plan | None) -> 
         case "copies":
             return told | {"copies": list(_copies(device))}
         case "edges":
-            return told | {"convolutions": [_convolution(device, w, device.capability()) for w in edges()]}
+            wanted = [w for w in edges() if device.is_card or w.moved_bytes < _MOST_ON_CPU_BYTES]
+            return told | {"convolutions": [_convolution(device, w, device.capability()) for w in wanted]}
     assert plan is not None
     if part == "stream":
         from bench.gpu import allocations

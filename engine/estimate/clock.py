@@ -228,6 +228,11 @@ def _busy(work: Work, speed: Speeds, moving: float) -> float:
     return moving
 
 
+def _is_hopper(speed: Speeds) -> bool:
+    """Whether a card has the matrix units of 9.0 or 10.0: those of 12.0 are of the kind of 8.9 again."""
+    return (9, 0) <= speed.capability < (12, 0) and not speed.is_half_rate
+
+
 def _item_bytes(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
@@ -237,7 +242,7 @@ def _fill(batch: int, m: int, n: int, dtype: str, speed: Speeds) -> float:
     if not speed.multiprocessors or not batch * m * n:
         return 1.0
     tile = _data()["matmul_tile"]
-    if speed.capability >= (9, 0) and not speed.is_half_rate and dtype != "float32":
+    if _is_hopper(speed) and dtype != "float32":
         tile = tile["9.0"]
     tiles = batch * math.ceil(m / tile["rows"]) * math.ceil(n / tile["columns"])
     # Tiles that are only begun compute nothing in their margin.
@@ -259,8 +264,7 @@ def _attention(width: int, kernel: int, dtype: str, speed: Speeds) -> float:
     shares = _data()["attention_share"]
     if kernel == 2 or width > 256:
         # Float32 is computed on units that are as they were.
-        outgrown = (9, 0) <= speed.capability < (12, 0) and not speed.is_half_rate and dtype != "float32"
-        return float(shares["efficient"]["9.0" if outgrown else "value"])
+        return float(shares["efficient"]["9.0" if _is_hopper(speed) and dtype != "float32" else "value"])
     column = "64" if width <= 64 else "128"
     if speed.is_half_rate:
         return float(shares["half_rate"][column])
@@ -282,7 +286,7 @@ def _convolution(dtype: str, speed: Speeds) -> float:
     shares = _data()["convolution_share"]
     if speed.is_half_rate:
         return float(shares["half_rate"]["value"])
-    if speed.capability >= (9, 0):
+    if _is_hopper(speed):
         return float(shares["9.0"]["float32" if dtype == "float32" else "half"])
     return float(shares["full_rate"]["value"])
 
