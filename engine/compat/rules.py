@@ -20,6 +20,8 @@ class Subject:
 
     def __str__(self) -> str:
         told = [f"{name}: {_told(wanted)}" for name, wanted in self.params]
+        if [name for name, _ in self.params] == ["value"]:
+            return f"{self.optimizer}: {told[0].removeprefix('value: ')}"
         return f"{self.optimizer} ({', '.join(told)})" if told else self.optimizer
 
     def conditions(self, dtype: str | None) -> tuple[Condition, ...]:
