@@ -120,6 +120,15 @@ def _values(wanted: Any) -> tuple[Any, ...]:
     return wanted if isinstance(wanted, tuple) else (wanted,)
 
 
+def test_what_is_bound_to_versions_is_bound_to_those_that_are_tested() -> None:
+    """Its evidence runs on the installed libraries: a rule that is silent on them would be shown by nothing."""
+    for rule in WHOLE.rules:
+        for name, ranges in rule.when.get("libraries", {}).items():
+            tested = versions.TESTED[name]
+            assert versions.within(tested.low, ranges), rule.id
+            assert not versions.within(tested.below, ranges), f"{rule.id} speaks of versions that nobody tried"
+
+
 def test_every_trait_is_asked_for() -> None:
     assert {t for rule in WHOLE.rules for t in rule.when.get("traits", {})} == set(compat.TRAITS)
 

@@ -36,7 +36,7 @@ KINDS = {
     ),
     "degrades": (
         "What works at a price",
-        "It is said in the plan; the estimate counts it.",
+        "It is said in the plan, and the run goes on.",
     ),
 }
 HEAD = """\

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
+from typing import Any
 
 from engine import optimizers
 from engine.compat import when
-from engine.compat.rules import Rule, Subject, rules
+from engine.compat.rules import Condition, Rule, rules
 from engine.compat.when import Facts
 from engine.errors import IncompatibleError
 from engine.values import Step
@@ -106,8 +107,12 @@ class Applicable:
                     found[rule.position] = subjects
         if not found:
             return ()
-        listed = rules()
-        return tuple(Finding(rule=listed[p], subjects=tuple(n for n in found[p] if n)) for p in sorted(found))
+        return tuple(_finding(position, found[position]) for position in sorted(found))
+
+
+@cache
+def _finding(position: int, subjects: tuple[str, ...]) -> Finding:
+    return Finding(rule=rules()[position], subjects=tuple(n for n in subjects if n))
 
 
 class _Table:
@@ -129,6 +134,7 @@ class _Table:
 
 
 _Named = Mapping[str, Sequence[tuple[int, Step]]]
+_Subject = tuple[str, tuple[Condition, ...]]
 
 
 class _Active:
@@ -138,13 +144,16 @@ class _Active:
         self.position = position
         self.rule = rule
         self.components = components
-        self.dtype = dtype
         names = dict.fromkeys(s.optimizer for s in rule.subjects)
         # Without its first subject an order says nothing, and without all but the last an exclusion of many does.
         few = {"before": 1, "excludes": max(1, len(names) - 1)}.get(rule.kind, len(names))
         self.triggers = tuple(names)[:few]
         self.partners = self._partners()
-        self._pairs = tuple(combinations(rule.subjects, 2))
+        self._subjects, self._beside, self._needs = (
+            tuple((s.optimizer, s.conditions(dtype)) for s in subjects)
+            for subjects in (rule.subjects, rule.beside, rule.needs)
+        )
+        self._pairs = tuple(combinations(self._subjects, 2))
         self.speaks = {"excludes": self._excludes, "before": self._before}.get(rule.kind, self._alone)
 
     def _partners(self) -> frozenset[str] | None:
@@ -154,27 +163,33 @@ class _Active:
         names = [s.optimizer for s in self.rule.subjects]
         return frozenset(names[1:]) if self.rule.kind in ("excludes", "before") else None
 
-    def _meant(self, subject: Subject, named: _Named, shared: Sequence[Step] | None) -> Sequence[tuple[int, Step]]:
-        found = named.get(subject.optimizer, ())
-        if found and subject.params:
-            found = [f for f in found if subject.accepts(f[1].params, self.dtype)]
+    def _meant(self, subject: _Subject, named: _Named, shared: Sequence[Step] | None) -> Sequence[tuple[int, Step]]:
+        name, conditions = subject
+        found = named.get(name, ())
+        if found and conditions:
+            found = [f for f in found if _are_met(conditions, f[1].params)]
         if found and shared is not None and self.components is not None:
             found = [f for f in found if self.components & _held(f[1], shared, self.components)]
         return found
 
     def _alone(self, named: _Named, shared: Sequence[Step] | None) -> tuple[str, ...]:
-        found = tuple(dict.fromkeys(s.optimizer for s in self.rule.subjects if self._meant(s, named, shared)))
-        if self.rule.subjects and not found:
+        found: tuple[str, ...] = ()
+        for subject in self._subjects:
+            if subject[0] not in found and self._meant(subject, named, shared):
+                found = (*found, subject[0])
+        if self._subjects and not found:
             return ()
-        if self.rule.beside and not any(self._meant(s, named, shared) for s in self.rule.beside):
+        if self._beside and not any(self._meant(s, named, shared) for s in self._beside):
             return ()
-        if self.rule.needs and any(self._meant(s, named, shared) for s in self.rule.needs):
+        if self._needs and any(self._meant(s, named, shared) for s in self._needs):
             return ()
         return found or ("",)  # a rule without subjects speaks of the pipeline
 
     def _excludes(self, named: _Named, shared: Sequence[Step] | None) -> tuple[str, ...]:
         found: dict[str, None] = {}
         for first, second in self._pairs:
+            if second[0] not in named or first[0] not in named:
+                continue
             others = self._meant(second, named, shared)
             for i, a in self._meant(first, named, shared) if others else ():
                 for j, b in others:
@@ -183,13 +198,22 @@ class _Active:
         return tuple(found)
 
     def _before(self, named: _Named, shared: Sequence[Step] | None) -> tuple[str, ...]:
-        first, *later = self.rule.subjects
+        first, *later = self._subjects
         for i, a in self._meant(first, named, shared):
             for other in later:
+                if other[0] not in named:
+                    continue
                 for j, b in self._meant(other, named, shared):
                     if j < i:
                         return a.name, b.name
         return ()
+
+
+def _are_met(conditions: tuple[Condition, ...], params: Mapping[str, Any]) -> bool:
+    for name, is_one, values in conditions:  # noqa: SIM110 (a generator takes twice as long, a thousand times)
+        if (params.get(name) in values) is not is_one:
+            return False
+    return True
 
 
 def _overlap(a: Step, b: Step) -> bool:

@@ -20,20 +20,32 @@ class Subject:
 
     def __str__(self) -> str:
         told = [f"{name}: {_told(wanted)}" for name, wanted in self.params]
+        if [name for name, _ in self.params] == ["value"]:
+            return f"{self.optimizer}: {told[0].removeprefix('value: ')}"
         return f"{self.optimizer} ({', '.join(told)})" if told else self.optimizer
 
-    def accepts(self, params: Mapping[str, Any], dtype: str | None) -> bool:
-        """Whether a step with these parameters is meant, in a run that computes in `dtype` (None: not known)."""
-        return all(accepted(wanted, params.get(name), dtype) for name, wanted in self.params)
+    def conditions(self, dtype: str | None) -> tuple[Condition, ...]:
+        """Return what a step's parameters must be, in a run that computes in `dtype` (None: not known)."""
+        return tuple((name, *_condition(wanted, dtype)) for name, wanted in self.params)
+
+
+Condition = tuple[str, bool, tuple[Any, ...]]
+"""A parameter, and whether its value must be one of some or none of them. What is not given is None."""
+
+
+def _condition(wanted: Any, dtype: str | None) -> tuple[bool, tuple[Any, ...]]:
+    if isinstance(wanted, Mapping):
+        if "other_than" in wanted:
+            return False, (None, "auto", *wanted["other_than"])
+        # Unlike the dtype: named, and another; what the run itself decides is like it.
+        return (True, ()) if dtype is None else (False, (None, "auto", dtype))
+    return True, wanted if isinstance(wanted, tuple) else (wanted,)
 
 
 def accepted(wanted: Any, value: Any, dtype: str | None) -> bool:
     """Whether a parameter's value is one that a rule asks for."""
-    if isinstance(wanted, dict):  # not Mapping: this is asked a thousand times in a search, and that is slow to ask
-        if "unlike" in wanted:  # named, and another than the run's; what the run itself decides is like it
-            return value is not None and value != "auto" and dtype is not None and value != dtype
-        return value is not None and value != "auto" and value not in wanted["other_than"]
-    return value in wanted if isinstance(wanted, tuple) else bool(value == wanted)
+    is_one, values = _condition(wanted, dtype)
+    return (value in values) is is_one
 
 
 def _told(wanted: Any) -> str:

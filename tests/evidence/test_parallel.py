@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import socket
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +18,15 @@ ORDERS = (True, False)
 HOOKED = ("leaf", "leaf, streamed", "block, streamed", "sequential", "model")
 
 
-def _worker(rank: int, port: int, answers: Any) -> None:
-    """One of two processes: a FLUX transformer whose sequence is split between them, beside hooks of each kind."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _other(index: int, port: int) -> None:
+    """The other process."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
+    _split(1, port)
+
+
+def _split(rank: int, port: int) -> dict[Any, Any]:
+    """One of two processes: a FLUX transformer whose sequence is split between them, beside hooks of each kind."""
     import accelerate
     import torch.distributed as dist
     import torch.distributed._functional_collectives as collectives
@@ -34,9 +38,12 @@ def _worker(rank: int, port: int, answers: Any) -> None:
 
     device.load()
     where = torch.device(device.NAME)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    for name in ("all_to_all_single", "all_gather_tensor"):
-        setattr(collectives, name, _on_the_host(getattr(collectives, name)))
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2, timeout=timedelta(seconds=120)
+    )
+    plain_ones = {name: getattr(collectives, name) for name in ("all_to_all_single", "all_gather_tensor")}
+    for name, plain_one in plain_ones.items():
+        setattr(collectives, name, _on_the_host(plain_one))
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("ring", "ulysses"))
 
     def split(module: Any) -> None:
@@ -74,10 +81,11 @@ def _worker(rank: int, port: int, answers: Any) -> None:
     module = small.transformer(blocks=1, heads=3)
     split(module)
     found["three heads"] = _raised(lambda: small.forward(module))
-    if rank == 0:
-        answers.put(found)
     dist.barrier()
     dist.destroy_process_group()
+    for name, plain_one in plain_ones.items():
+        setattr(collectives, name, plain_one)
+    return found
 
 
 def _on_the_host(plain: Any) -> Any:
@@ -111,9 +119,8 @@ def test_context_parallelism(counted: torch.device) -> None:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    answers = mp.get_context("spawn").SimpleQueue()
-    running = mp.spawn(_worker, args=(port, answers), nprocs=2, join=False)
-    told = answers.get()
+    running = mp.spawn(_other, args=(port,), nprocs=1, join=False)
+    told = _split(0, port)
     while not running.join():
         pass
     assert all(told[how, is_first] for how in HOOKED for is_first in ORDERS), told
