@@ -36,6 +36,7 @@ SPEC = Spec(
             kind="names",
             default=None,
             about="the components whose layers are kept so: what denoises, and text encoders; left out: what denoises",
+            opens=True,
         ),
         Param(
             name="storage",

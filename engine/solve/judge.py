@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from engine import gpus, optimizers
+from engine.optimizers import placing
 from engine.solve.candidates import Candidate
 from engine.solve.situation import QUALITIES, Situation
 from engine.units import format_size
@@ -128,7 +129,17 @@ def _pipelines(profile: Profile, pipeline_class: str) -> Reason | None:
 
 def candidate(found: Candidate, situation: Situation) -> Reason | None:
     """Return why the request, or a rule, rules a candidate out; None where nothing does."""
-    return _constraint(found, situation) or _rule(found)
+    return _constraint(found, situation) or _unknown(found, situation) or _rule(found)
+
+
+def _unknown(found: Candidate, situation: Situation) -> Reason | None:
+    names = placing.unknown(found.steps, situation.model.parts)
+    if not names:
+        return None
+    because = f"it speaks of {listing(names)}, which {situation.model.id} does not have"
+    return Reason(
+        found.steps, "components", because, "name components of this model, or let `match` name its pipelines"
+    )
 
 
 def _constraint(found: Candidate, situation: Situation) -> Reason | None:
