@@ -221,6 +221,9 @@ def _speaks(listed: Sequence[Step], rule: str, **known: Any) -> bool:
     return any(f.rule.id == rule for f in findings(listed, dataclasses.replace(CARD, **known)))
 
 
+STREAMED = {"type": "leaf_level", "use_stream": True, "blocks_per_group": 1}
+
+
 def placed(name: str, *components: str, **params: Any) -> Step:
     """Return a placement of some components, as other versions of the optimizers may take them."""
     step = optimizers.spec(name).step(params)
@@ -260,6 +263,14 @@ def test_a_rule_about_a_component_speaks_of_the_placement_that_holds_it() -> Non
     assert not _speaks([half, placed("group_offload", "unet")], narrow, **known)
     assert not _speaks([half, placed("resident", "vae"), placed("group_offload")], narrow, **known)
     assert _speaks([half, placed("resident", "unet"), placed("group_offload")], narrow, **known)
+
+
+def test_components_that_are_left_open_are_not_known() -> None:
+    left_open = dataclasses.replace(placed("resident"), params=FrozenDict(components="auto"))
+    assert findings([left_open, placed("group_offload", "auto")]) == ()
+    half = Step(name="dtype", params=FrozenDict(value="float16"))
+    grouped = dataclasses.replace(placed("group_offload"), params=FrozenDict({**STREAMED, "components": "auto"}))
+    assert not _speaks([half, grouped], "streamed-leaves-stay-narrow", model=facts.find(SDXL))
 
 
 def test_findings_are_told_in_the_order_of_the_file() -> None:

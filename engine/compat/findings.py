@@ -217,8 +217,10 @@ def _are_met(conditions: tuple[Condition, ...], params: Mapping[str, Any]) -> bo
 
 
 def _overlap(a: Step, b: Step) -> bool:
-    """Whether two placements hold a component both: a name, or what nobody names."""
+    """Whether two placements are known to hold a component both: a name, or what nobody names."""
     one, other = a.params.get("components"), b.params.get("components")
+    if isinstance(one, str) or isinstance(other, str):  # left open
+        return False
     if one is None or other is None:
         return one is other
     return not set(one).isdisjoint(other)
@@ -232,9 +234,11 @@ def _placements() -> frozenset[str]:
 def _held(step: Step, steps: Sequence[Step], components: frozenset[str]) -> frozenset[str]:
     """Return those of some components that a step holds: its own; for a placement without any, what is left."""
     own = step.params.get("components")
+    if isinstance(own, str):  # left open: nothing is known to be held
+        return frozenset()
     if own is not None:
         return components & frozenset(own)
     if step.name not in _placements():
         return components
     others = (s.params.get("components") for s in steps if s.name in _placements())
-    return components.difference(*(o for o in others if o is not None))
+    return components.difference(*(o for o in others if o is not None and not isinstance(o, str)))
