@@ -20,7 +20,7 @@ demo: $(STAMP) ## draw a picture with the embedded model: outputs/demo.png
 	@echo "  $(BIN)/dg-run --auto --model black-forest-labs/FLUX.1-schnell --prompt \"a lighthouse at dusk\""
 
 test: $(STAMP) ## run the tests (under 8 minutes on 2 cores)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: $(STAMP) ## run the checks that build environments and draw hundreds of pictures
 	$(BIN)/python -m pytest -m slow
