@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engine.advice import advise
     from engine.api import resolve
     from engine.check import Check
     from engine.drift import Drift
@@ -49,12 +50,14 @@ __all__ = [
     "ProfileError",
     "UsageError",
     "__version__",
+    "advise",
     "read_lock",
     "resolve",
 ]
 
 _HOMES = {
     "resolve": "engine.api",
+    "advise": "engine.advice",
     "Plan": "engine.plan",
     "Lock": "engine.lock",
     "read_lock": "engine.lockfile",

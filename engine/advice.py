@@ -43,6 +43,8 @@ class _Search:
 
     def all(self) -> Iterator[Advice]:
         memory = [*self._vram(), *self._host_ram()]
+        if self.made.fits is False and not memory:
+            memory = [*self._both()]
         yield from memory
         yield from self._wishes()
         if self.made.fits is False or memory:
@@ -78,6 +80,20 @@ class _Search:
         if better is not None and self._is_better(better) and better.estimate.host_bytes is not None:
             more = better.estimate.host_bytes - ram
             yield self._advice("host_ram", f"{format_size(more)} more host memory", better, more)
+
+    def _both(self) -> Iterator[Advice]:
+        """Yield what would fit if neither the card nor the host were short: the least of both that it takes."""
+        free, ram = self.card.free_bytes or 0, self.made.hardware.host.ram_bytes
+        if ram is None:
+            return
+        host = dataclasses.replace(self.made.hardware.host, ram_bytes=1 << 50)
+        request = dataclasses.replace(self.made.request, prefer="vram")
+        better = self._solved(dataclasses.replace(self._with_vram(1 << 50), host=host), request)
+        if better is None or better.fits is not True:
+            return
+        more, more_host = self._vram_for(better) - free, (better.estimate.host_bytes or 0) - ram
+        change = f"{format_size(more)} more free VRAM and {format_size(more_host)} more host memory"
+        yield self._advice("both", change, better, more)
 
     def _wishes(self) -> Iterator[Advice]:
         """Yield what the user's own conditions cost."""

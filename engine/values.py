@@ -327,11 +327,11 @@ class Advice:
     """One change to the request or the machine, and the plan that it would allow: computed, not guessed."""
 
     kind: str
-    """"vram", "host_ram", "size", "batch", "frames", "quality" or "forbid"."""
+    """"vram", "host_ram", "both", "size", "batch", "frames", "quality" or "forbid"."""
     change: str
     """What to change, in words."""
     more_bytes: int | None
-    """How much more memory it is, where it is memory."""
+    """How much more memory it is, where it is memory; of `both` what is more of the card's."""
     profile: str | None
     optimizers: tuple[Step, ...]
     required_bytes: int | None

@@ -169,6 +169,7 @@ LAYERS = [
 # The few calls upward, each lazy and each on purpose.
 UPWARD = {
     ("engine", "engine.api"): "the root's names are imported when they are asked for",
+    ("engine", "engine.advice"): "the same",
     ("engine", "engine.errors"): "the same",
     ("engine", "engine.plan"): "the same",
     ("engine", "engine.lock"): "the same",

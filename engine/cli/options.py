@@ -209,7 +209,9 @@ def _add_choice(parser: Parser) -> None:
         default="near",
         help="how far the picture may differ from the plain pipeline's (default: near)",
     )
-    group.add_argument("--prefer", choices=PREFERENCES, default="speed", help="kept in the plan; decides nothing yet")
+    group.add_argument(
+        "--prefer", choices=PREFERENCES, help="what goes first: speed (the default), quality, or the least of the card"
+    )
 
 
 def request(options: argparse.Namespace) -> dict[str, Any]:
