@@ -80,7 +80,9 @@ def run(argv: list[str]) -> int:
         _refuse_imagined(wanted)
 
     def planned() -> Plan:
-        plan = engine.resolve(**wanted, **guide, told=lambda line: print(line, file=sys.stderr, flush=True))
+        plan = engine.resolve(**wanted, **guide, told=_tell)
+        if plan.fits is False and not given.force:
+            plan = engine.advise(plan, _tell)  # for the error that follows
         return _forced(plan) if given.force else plan
 
     return _draw(planned, given.prompt, given.seed, given.output, debug=given.debug)
@@ -92,9 +94,13 @@ def _locked(given: argparse.Namespace) -> int:
     lock = engine.read_lock(given.plan)
 
     def planned() -> Plan:
-        return lock.plan(told=lambda line: print(line, file=sys.stderr, flush=True))
+        return lock.plan(told=_tell)
 
     return _draw(planned, given.prompt, given.seed, given.output, debug=given.debug)
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _forced(plan: Plan) -> Plan:

@@ -48,9 +48,16 @@ def refuse_unfit(plan: Plan) -> None:
         raise NothingFitsError(
             f"nothing fits for {plan.request.model} on this machine",
             "; ".join(f"{r.profile}: {r.because}" for r in nearest(plan.rejected)),
-            "free VRAM, ask for less (--height, --width), or run without the card (--device cpu)"
-            + ("; --force runs the list all the same" if plan.request.exact else ""),
+            _would_fit(plan) + ("; --force runs the list all the same" if plan.request.exact else ""),
         )
+
+
+def _would_fit(plan: Plan) -> str:
+    """Return the smallest changes that would let a plan fit, where they were looked for; else what can be tried."""
+    cpu = "or run without the card (--device cpu)"
+    if not plan.advice:
+        return f"free VRAM, ask for less (--height, --width), {cpu}"
+    return f"it would fit with {'; or '.join(a.change for a in plan.advice)}; {cpu}"
 
 
 def nearest(rejections: Sequence[Rejection]) -> list[Rejection]:
