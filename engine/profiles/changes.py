@@ -41,7 +41,10 @@ def _of_slots(old: Sequence[Slot], new: Sequence[Slot]) -> Iterator[str]:
         same.append((was, now))
     # A step that became a choice, or a choice that was decided, is the same place of the list.
     for was, now in _pairs(gone, come, lambda a, b: not _names(a).isdisjoint(_names(b))):
-        yield f"{wording.short(was)} → {wording.short(now)}"
+        if len(was.alternatives) > 1 and len(now.alternatives) > 1:
+            same.append((was, now))
+        else:
+            yield f"{wording.short(was)} → {wording.short(now)}"
     yield from (f"{wording.short(s)} is gone" for s in gone)
     yield from (f"{wording.short(s)} is added" for s in come)
     for was, now in same:
