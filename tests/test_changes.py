@@ -52,7 +52,7 @@ CASES = [
         LIST + "the alternatives stand in another order: vae_tiling | none",
     ),
     ("one_of: [none, vae_tiling]\n", "vae_tiling\n", LIST + "one of (none | vae_tiling) → vae_tiling"),
-    ("resident, model_offload", "model_offload", LIST + "one of (resident | model_offload | layerwise_casting"),
+    ("resident, model_offload", "model_offload", LIST + "the alternative resident is gone"),
     ("group_offload]", "{group_offload: {use_stream: false}}]", LIST + "group_offload.use_stream: true → false"),
     ("- dtype: auto\n  - vae_slicing", "- vae_slicing\n  - dtype: auto", LIST + "vae_slicing stands in another place"),
 ]
