@@ -123,7 +123,8 @@ def _facts(situation: Situation) -> compat.Facts:
         compute_capability=None if gpu is None else gpu.compute_capability,
         platform=situation.platform,
         gpus=situation.gpus,
-        prompts_known=request.prompts_known,
+        # Who lists staged_encoding has the prompts; only a choice must not assume them.
+        prompts_known=request.prompts_known or request.exact,
         batch=request.batch,
         height=request.height,
         width=request.width,
