@@ -60,6 +60,7 @@ def test_what_a_wish_costs_is_said() -> None:
     assert (kinds["forbid"].seconds or 0) < (plan.estimate.seconds or 0)
 
 
+@pytest.mark.slow
 def test_a_large_batch_is_told_the_batch_that_stays_on_the_card() -> None:
     plan = advised(small(9.8), batch=16)
     smaller = next((a for a in plan.advice or () if a.kind == "batch"), None)

@@ -115,7 +115,7 @@ def test_the_bounds_of_another_tile_leave_out_what_decoding_holds() -> None:
     estimates = Estimator(known, request, card(23.0, name=RTX_4090), None)
     own = estimates.least([_step("dtype", value="bfloat16"), _step("resident")])
     assert own is not None
-    found = estimates._bounds("bfloat16", (), "", may_trace=True)
+    found = estimates._bounds("bfloat16", (), "")
     assert found is not None
     without = found[0].least(
         [_step("resident")],

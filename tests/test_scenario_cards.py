@@ -14,7 +14,28 @@ from engine import scenarios
 CARDS = sorted((Path(__file__).parent / "scenarios" / "cards").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", CARDS, ids=lambda p: p.stem)
+# Each of these replays for several seconds: `make slow` runs them.
+LONG = (
+    "flux-4096-on-80gib",
+    "flux-on-6gib",
+    "flux-schnell-on-12gib",
+    "qwen-on-12gib",
+    "qwen-on-24gib",
+    "qwen-on-24gib-64gib-ram",
+    "sd35m-on-6gib",
+    "sd35m-on-8gib-16gib-ram",
+    "sdxl-2048-on-12gib",
+    "sdxl-busy-4090",
+    "sdxl-on-8gib",
+    "sdxl-on-8gib-little-ram",
+)
+
+
+def _marked(path: Path) -> object:
+    return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in LONG else [])
+
+
+@pytest.mark.parametrize("path", [_marked(p) for p in CARDS])
 def test_what_is_chosen(path: Path) -> None:
     assert scenarios.run(scenarios.load(path)).differences == ()
 

@@ -39,10 +39,10 @@ def test_the_embedded_models_are_what_is_traced_now() -> None:
 
 
 def test_a_plan_for_a_shipped_size_starts_no_dry_run(tmp_path: Path) -> None:
-    """And so neither torch nor a process of its own."""
+    """And so neither torch nor a process of its own. (Where only other tiles could make it fit, those are dry-run.)"""
     code = (
         "import json, sys, engine; told = []; "
-        "plan = engine.resolve('black-forest-labs/FLUX.1-dev', gpu='RTX 4090', host_ram='64GiB', told=told.append); "
+        "plan = engine.resolve('black-forest-labs/FLUX.1-dev', gpu='RTX 5090', host_ram='64GiB', told=told.append); "
         "print(json.dumps([plan.estimate.basis, plan.fits, told, 'torch' in sys.modules]))"
     )
     environment = {"DG_RUN_CACHE": str(tmp_path), "PATH": ""}

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 UNKNOWN = Estimate()
 _REQUESTS_KEPT = 32
 _LEASTS: dict[tuple[str, str], dict[str, Least]] = {}
-"""A bound of a trace that is not there yet is weaker than its own: what was asked before it was made stays valid."""
 
 
 class Estimator:
@@ -121,13 +120,12 @@ class Estimator:
     def _least(self, steps: Sequence[Step]) -> Least | None:
         if self._unknown(steps, dtype := _dtype(steps)) is not None or self.gpu is None or self._context is None:
             return None
-        changes, along = _changes(steps), way(steps)
-        found = self._bounds(dtype, changes, along, may_trace=False)
-        is_own = found is not None
-        if found is None:
-            others = tuple(s for s in changes if s.name != "vae_tiling")
-            is_own = others == changes
-            found = self._bounds(dtype, others, along if is_own else "", may_trace=True)
+        changes = _changes(steps)
+        # Tiles of another size are bounded by the plain decode, whether their own trace is there by now or not: what a
+        # plan says must not depend on what was asked before.
+        others = tuple(s for s in changes if s.name != "vae_tiling")
+        is_own = others == changes
+        found = self._bounds(dtype, others, way(steps) if is_own else "")
         if found is None:
             return None
         bounds, seconds = found
@@ -144,7 +142,7 @@ class Estimator:
     def timed(self, steps: Sequence[Step]) -> float | None:
         """Return the seconds that the estimate will give, without the rest of it; None where no trace is there yet."""
         dtype, changes = _dtype(steps), _changes(steps)
-        if self._unknown(steps, dtype) is not None or self.gpu is None:
+        if self._unknown(steps, dtype) is not None or self.gpu is None or any(s.name == "vae_tiling" for s in changes):
             return None
         asked = "; ".join(map(str, steps))
         if asked in self._found:
@@ -177,7 +175,7 @@ class Estimator:
         """Return the bytes of each component's weights in a dtype; empty without a trace. Raises: as `least`."""
         if self._unknown((), dtype) is not None:
             return {}
-        found = self._bounds(dtype, (), "", may_trace=True)
+        found = self._bounds(dtype, (), "")
         return {} if found is None else {n: p.weights_bytes for n, p in found[0].parts.items()}
 
     @functools.cached_property
@@ -204,7 +202,7 @@ class Estimator:
         return self._speed
 
     def _bounds(
-        self, dtype: str, changes: tuple[Step, ...], along: str, *, may_trace: bool
+        self, dtype: str, changes: tuple[Step, ...], along: str
     ) -> tuple[Bounds, dict[str, float] | None] | None:
         """Return the bounds of one way through a trace, and the seconds by phase with everything on the device."""
         asked = dtype, along, *map(str, changes)
@@ -221,7 +219,7 @@ class Estimator:
         with contextlib.suppress(TypeError, KeyError, AttributeError):
             bounds = None if kept is None else Bounds.from_json(kept)
         if bounds is None or seconds is None:
-            trace = self._trace(dtype, changes, along) if may_trace else store.known(key)
+            trace = self._trace(dtype, changes, along)
             if trace is None:
                 return None
             from engine.estimate import whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from engine.errors import IncompatibleError
 from engine.solve import opened
 from engine.solve.prices import price
 from engine.solve.situation import QUALITIES, Situation
-from engine.values import Alternative, Request, Slot, Step
+from engine.values import Alternative, FrozenDict, Request, Slot, Step
 
 MAX_OF_A_PROFILE = 20_000
 
@@ -59,6 +60,8 @@ def of_slots(listed: Sequence[Slot], situation: Situation, rules: Rules) -> tupl
         own = tuple(step for steps in chosen for step in steps)
         steps = own if is_free else constrained(own, situation.request)
         judged = rules.of(steps)
+        if _is_spare(steps, situation, rules):
+            continue
         same = found.get(judged.key)
         if same is None or len(steps) < len(same.steps):
             # Of lists that come to the same run, the one with the fewest steps that do nothing.
@@ -74,6 +77,16 @@ def of_slots(listed: Sequence[Slot], situation: Situation, rules: Rules) -> tupl
                 price(judged.acting),
             )
     return tuple(found.values())
+
+
+def _is_spare(steps: Sequence[Step], situation: Situation, rules: Rules) -> bool:
+    """Whether a list computes in a dtype that is only for where the usual one does not run, and that runs here."""
+    usual, *spare = opened.dtypes(situation)
+    at = next((i for i, s in enumerate(steps) if s.name == "dtype" and s.params["value"] in spare), None)
+    if at is None or any(s.name == "dtype" for s in situation.request.require):
+        return False
+    plain = dataclasses.replace(steps[at], params=FrozenDict(value=usual))
+    return not any(f.breaks for f in rules.of((*steps[:at], plain, *steps[at + 1 :])).findings)
 
 
 def _quality(steps: Sequence[Step]) -> str:

@@ -315,12 +315,15 @@ class _Search:
 
 
 def better(decisions: Sequence[Decision]) -> int:
-    """Return the index of the best of several decisions, each for another card: what fits, at the least cost."""
+    """Return the index of the best of several decisions, each for another card: what fits, at the least cost.
+
+    Of equal ones the first is taken: the card with the most room.
+    """
 
     def order(index: int) -> tuple[int, Key, int]:
         decision = decisions[index]
         known = {True: 0, None: 1, False: 2}[decision.fits]
-        return known, decision.key, index
+        return known, decision.key[:2], index
 
     return min(range(len(decisions)), key=order)
 
