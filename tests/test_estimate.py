@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import engine
 from engine import facts, optimizers, validation
-from engine.errors import IncompatibleError
 from engine.estimate import between, bounds, placements, whole
 from engine.estimate.trace import Builder, Trace, TracedModule, Work
 from engine.plan import Plan
@@ -322,11 +321,6 @@ def test_staged_encoding_never_holds_the_encoders_and_the_rest_at_once() -> None
     assert held["decode"] is not None
     assert held["load"] + held["decode"] == weights
     assert staged.quality == "exact"
-
-
-def test_what_is_only_estimated_is_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(IncompatibleError, match="estimated by this version, and not run"):
-        plan("staged_encoding", "resident").load()
 
 
 def test_a_run_without_a_number_of_steps_takes_the_pipelines_own() -> None:

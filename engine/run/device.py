@@ -82,3 +82,11 @@ def reset_peak(device: str) -> None:
         import torch
 
         torch.cuda.reset_peak_memory_stats()
+
+
+def empty_cache(device: str) -> None:
+    """Give back what the device's allocator only keeps."""
+    import torch
+
+    if device != "cpu":
+        getattr(torch, device).empty_cache()

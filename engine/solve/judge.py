@@ -133,7 +133,6 @@ def candidate(found: Candidate, situation: Situation) -> Reason | None:
 
 def _constraint(found: Candidate, situation: Situation) -> Reason | None:
     request = situation.request
-    required = {s.name for s in request.require}
     for step in found.acting:
         spec = optimizers.spec(step.name)
         if step.name in request.forbid:
@@ -143,9 +142,6 @@ def _constraint(found: Candidate, situation: Situation) -> Reason | None:
             because = f"{step.name} is {spec.quality}, and the quality asked for is {request.quality}"
             remedy = f"allow --quality {spec.quality}, or forbid {step.name}"
             return Reason(found.steps, "quality", because, remedy)
-        if spec.planned_only and step.name not in required:
-            because = f"a run with {step.name} is only estimated by this version, and not made"
-            return Reason(found.steps, "planned", because, f"--require {step.name} plans it")
     return None
 
 
