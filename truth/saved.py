@@ -39,7 +39,7 @@ def parts_of(pipe: Any, where: Path, dtype: str, loaded: Loaded | None = None) -
             made = type(pipe).from_pretrained(where, dtype=getattr(torch, dtype), **stubs | dict(given))
         made.set_progress_bar_config(disable=True)
         for name, component in made.components.items():
-            if not isinstance(component, torch.nn.Module) or any(component is t for t in twins.values()):
+            if not isinstance(component, torch.nn.Module) or any(component is g for g in given.values()):
                 continue
             # As `pipelines.made` has it, whose dry run predicts: of buffers that are not saved, too.
             component.requires_grad_(False).to(getattr(torch, dtype))

@@ -85,8 +85,9 @@ def reset_peak(device: str) -> None:
 
 
 def empty_cache(device: str) -> None:
-    """Give back what the device's allocator only keeps."""
+    """Give back what the device's allocator only keeps, where it has one."""
     import torch
 
-    if device != "cpu":
-        getattr(torch, device).empty_cache()
+    module = getattr(torch, device, None)
+    if device != "cpu" and module is not None:
+        module.empty_cache()
