@@ -228,7 +228,7 @@ def _named(run: str, several: Sequence[Rejection]) -> str:
 
 def _order(rejection: Rejection) -> tuple[int, float]:
     """Return where a rejection stands: what fits and costs more, what is short of memory, what a rule forbids."""
-    if rejection.rule in ("preferred", "planned", "quality"):
+    if rejection.rule in ("preferred", "quality"):
         return 0, rejection.seconds or 0.0
     if rejection.rule.startswith("estimate."):
         return 1, rejection.short_bytes or 0

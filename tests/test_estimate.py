@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 import engine
 from engine import facts, optimizers, validation
-from engine.errors import IncompatibleError
 from engine.estimate import between, bounds, placements, whole
 from engine.estimate.trace import Builder, Trace, TracedModule, Work
 from engine.plan import Plan
@@ -72,8 +71,24 @@ def host(placement: placements.Placement, stored: Mapping[str, str | None] = STO
 
 def test_weights_stored_as_they_are_loaded_stay_pages_of_their_files() -> None:
     """300 of the encoder; not its 12 that stay float32, nor the net's 1033 and the VAE's 70, which are converted."""
-    for placement in (placements.Resident(toy()), placements.SequentialOffload(toy())):
-        assert host(placement) == HostBytes(anonymous_bytes=BASE + 12 + 1033 + 70, pinned_bytes=0, file_bytes=300)
+    found = host(placements.SequentialOffload(toy()))
+    assert found == HostBytes(anonymous_bytes=BASE + 12 + 1033 + 70, pinned_bytes=0, file_bytes=300)
+
+
+def test_of_what_is_put_on_the_device_as_it_is_loaded_the_host_holds_the_largest() -> None:
+    """12 of the encoder, 1033 of the net, 70 of the VAE."""
+    largest = HostBytes(anonymous_bytes=BASE + 1033, pinned_bytes=0, file_bytes=300)
+    assert host(placements.Resident(toy())) == largest
+    assert host(placements.StagedEncoding(toy())) == largest
+    # Of the first stage an encoder that is converted, 312; of the second everything that is offloaded.
+    unlike = {**STORED, "text_encoder": "float32", "unet": "float16"}
+    staged = placements.StagedEncoding(toy(), placements.SequentialOffload)
+    assert host(staged, unlike) == HostBytes(anonymous_bytes=BASE + 312, pinned_bytes=0, file_bytes=1033)
+
+
+def test_a_component_that_is_cast_is_loaded_as_wide_as_it_is_stored_or_computes() -> None:
+    casting = placements.Casting(storage="float8_e4m3fn", compute="float16")
+    assert host(placements.Resident(toy(), casting)).anonymous_bytes == BASE + 1033
 
 
 def test_what_comes_back_from_the_device_is_a_copy_of_its_own() -> None:
@@ -114,8 +129,10 @@ def test_cast_weights_are_new_and_half_as_large() -> None:
     """1000 and 33 bytes of float16 are 500 and 16 in float8, whatever the file holds."""
     casting = placements.Casting(storage="float8_e4m3fn", compute="float16")
     stored = {**STORED, "unet": "float16"}
-    found = host(placements.Resident(toy(), casting), stored)
+    found = host(placements.SequentialOffload(toy(), casting), stored)
     assert found == HostBytes(anonymous_bytes=BASE + 12 + 516 + 70, pinned_bytes=0, file_bytes=300)
+    found = host(placements.Resident(toy(), casting), stored)
+    assert found == HostBytes(anonymous_bytes=BASE + 516, pinned_bytes=0, file_bytes=300)
 
 
 GPU = card(name=RTX_4090)
@@ -336,11 +353,6 @@ def test_staged_encoding_never_holds_the_encoders_and_the_rest_at_once() -> None
     assert held["decode"] is not None
     assert held["load"] + held["decode"] == weights
     assert staged.quality == "exact"
-
-
-def test_what_is_only_estimated_is_refused_before_anything_is_loaded() -> None:
-    with pytest.raises(IncompatibleError, match="estimated by this version, and not run"):
-        plan("staged_encoding", "resident").load()
 
 
 def test_a_run_without_a_number_of_steps_takes_the_pipelines_own() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import resource
 import stat
 import subprocess
@@ -133,13 +134,13 @@ def test_a_lock_is_for_people(text: str) -> None:
         "  - {name: dtype, params: {value: bfloat16}}",
     ):
         assert line in text
-    assert "required_bytes: 631242752  # 0.59 GiB\n" in text
+    assert re.search(r"\n  required_bytes: \d{9}  # 0\.\d\d GiB\n", text)
 
 
 DAMAGED = {
     "a value": (("steps: 8", "steps: 4"), "digest does not match"),
-    "an optimizer": (("model_offload", "resident"), "digest does not match"),
-    "a size": (("required_bytes: 631242752", "required_bytes: 1"), "digest does not match"),
+    "an optimizer": (("name: resident", "name: model_offload"), "digest does not match"),
+    "a size": (("required_bytes: ", "required_bytes: 1"), "digest does not match"),
     "what it stands on": (('torch: "2', 'torch: "1'), "digest does not match"),
     "a digest": (('\ndigest: "sha256:', '\ndigest: "sha256:0'), "is not a digest"),
     "another digest": (("plan_digest: ", "plan_digest: # "), "plan_digest"),

@@ -68,7 +68,7 @@ def test_random_cases_hold_what_was_predicted(rows: dict[str, Row]) -> None:
 
 
 def test_staged_encoding_holds_what_was_predicted() -> None:
-    """Two stages, run by hand as a run makes them: the peak is equal, and the weights by name.
+    """A real run, loaded in stages from a folder: the peak is equal, and the weights by name.
 
     What a pipeline prepares between its text and its first step (latents) belongs to `encode` in a trace, and to the
     second stage in a run: small pipelines show it in a phase that is not the peak.

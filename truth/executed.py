@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,22 +13,18 @@ import torch
 from engine import optimizers
 from engine.dryrun import phases
 from engine.dryrun.record import no_collection
-from engine.facts.casting import is_text_encoder
-from engine.optimizers import placing
+from engine.optimizers import placing, staged_encoding
 from engine.optimizers.spec import Context
-from engine.run import stages
-from truth import device
+from engine.run import staged, stages
+from engine.run.progress import Quiet
+from truth import device, saved
 from truth.cases import Case
 from truth.seen import Phase, Seen
-
-STAGED = "staged_encoding"
 
 
 def _apply(pipe: Any, case: Case) -> None:
     here = Context(device=device.NAME, dtype=case.dtype)
     for step in placing.spread(case.steps, _modules(pipe)):
-        if step.name == STAGED:
-            continue
         optimizer = optimizers.get(step.name)
         optimizer.apply(pipe, step, here)
         optimizer.verify(pipe, step, here)
@@ -37,14 +33,14 @@ def _apply(pipe: Any, case: Case) -> None:
 def executed(case: Case) -> Seen:
     """Return what a case held, from before anything is placed to the end of its call.
 
-    Raises: IncompatibleError, for a step that cannot act on its pipeline; torch.OutOfMemoryError.
+    Raises: IncompatibleError, for a step that cannot act on its pipeline; torch.OutOfMemoryError, or our own of stages.
     """
     device.load()
     gc.collect()
     before = device.counts().live_bytes
     device.reset_peak()
     pipe, call = case.made()
-    run = _run_in_stages if any(s.name == STAGED for s in case.steps) else _run
+    run = _run_in_stages if staged_encoding.is_in(case.steps) else _run
     with torch.no_grad(), no_collection():
         watch = run(case, pipe, call, before)
     return Seen(phases=tuple(watch.phases), pinned_bytes=watch.pinned_bytes)
@@ -58,25 +54,20 @@ def _run(case: Case, pipe: Any, call: dict[str, Any], before: int) -> _Watch:
 
 
 def _run_in_stages(case: Case, pipe: Any, call: dict[str, Any], before: int) -> _Watch:
-    """The prompts are encoded while nothing else has weights; then the text encoders go, and the rest comes."""
-    modules = _modules(pipe)
-    encoders = {n: m for n, m in modules.items() if is_text_encoder(n)}
-    rest = {n: m for n, m in modules.items() if n not in encoders}
-    with _watched(modules, before) as watch:
-        for name, module in rest.items():
-            setattr(pipe, name, copy.deepcopy(module).to("meta"))
-        for module in encoders.values():
-            module.to(device.NAME)
-        encoded = stages.encode(pipe, call, device.NAME)
+    """The run itself, as it is made: every component is loaded from a folder, in stages."""
+    here = Context(device=device.NAME, dtype=case.dtype)
+    watch = _Watch({}, before)
+
+    def wanted(_: Any) -> Iterator[dict[str, Any]]:
+        yield call
         watch.enter("load")
-        for name, module in encoders.items():
-            module.to("meta")
-            setattr(pipe, name, None)
-        for name, module in rest.items():
-            setattr(pipe, name, module)
-        _apply(pipe, case)
-        with stages.given(pipe, encoded, device.NAME):
-            pipe(**call)
+
+    whole = saved.parts_of_case(case, pipe, watch.add)
+    found = staged.first(whole, case.steps, wanted, here, Quiet())
+    rest = staged.second(whole, case.steps, found, here, Quiet())
+    with stages.given(rest, found.encoded[0], device.NAME):
+        rest(**call)
+    watch.close()
     return watch
 
 
@@ -88,13 +79,18 @@ class _Watch:
     """Notes what a phase has held when the next one begins."""
 
     def __init__(self, modules: dict[str, torch.nn.Module], before: int) -> None:
-        self.modules = modules
+        self.modules = weakref.WeakValueDictionary(modules)  # nobody is kept by being watched
         self.before = before
         self.phases: list[Phase] = []
         self.names = phases.Names(loaded=True)
         self.now = "load"
         self.resident: frozenset[str] = frozenset()
         self.pinned_bytes = 0
+
+    def add(self, name: str, module: torch.nn.Module) -> None:
+        """Watch a component that has just been loaded."""
+        self.modules[name] = module
+        phases.tell(name, module, self.enter)
 
     def enter(self, kind: str) -> None:
         name = self.names.entered(kind)

@@ -80,7 +80,7 @@ def run(argv: list[str]) -> int:
         _refuse_imagined(wanted)
 
     def planned() -> Plan:
-        plan = engine.resolve(**wanted, **guide, told=_tell)
+        plan = engine.resolve(**wanted, **guide, prompts_known=True, told=_tell)
         if plan.fits is False and not given.force:
             plan = engine.advise(plan, _tell)  # for the error that follows
         return _forced(plan) if given.force else plan
@@ -113,7 +113,7 @@ def _forced(plan: Plan) -> Plan:
 
 
 def _draw(planned: Callable[[], Plan], prompt: str, seed: int | None, place: Path | None, *, debug: bool) -> int:
-    from engine.run import device, generate, load, output
+    from engine.run import generate, load, output
     from engine.run.progress import OnStderr
 
     told = OnStderr()
@@ -127,28 +127,30 @@ def _draw(planned: Callable[[], Plan], prompt: str, seed: int | None, place: Pat
             "note: the embedded model draws coloured circles, squares and triangles; it does not\n"
             f"      know {listing(unknown)}. For anything else name a model: --model OWNER/MODEL or --model DIR"
         )
-    plan, pipe = _loaded(planned, plan, told, debug=debug)
-    for picture, path in zip(generate.pictures(plan, pipe, [prompt], seed, told), paths, strict=True):
+    plan, made = _ready(planned, plan, prompt, seed, told, debug=debug)
+    for picture, path in zip(generate.pictures(plan, made, [prompt], seed, told), paths, strict=True):
         output.save(picture, path, plan)
         told.say(f"seed {picture.info['seed']}, plan {plan.digest[:14]}")
         print(path)
-    if (peak := device.peak_allocated_bytes(plan.torch_device)) is not None:
+    if (peak := generate.peak_bytes(plan, made)) is not None:
         predicted = plan.estimate.peak_allocated_bytes
         beside = "none was predicted" if predicted is None else f"predicted {format_size(predicted)}"
         told.say(f"measured peak {format_size(peak)} allocated, {beside}")
     return 0
 
 
-def _loaded(planned: Callable[[], Plan], plan: Plan, told: Progress, *, debug: bool) -> tuple[Plan, Any]:
-    """Return the plan and its pipeline: what is free is read again, and taken, while other starts on the card wait."""
-    from engine.run import load, lock
+def _ready(
+    planned: Callable[[], Plan], plan: Plan, prompt: str, seed: int, told: Progress, *, debug: bool
+) -> tuple[Plan, Any]:
+    """Return the plan and what draws: what is free is read again, and taken, while other starts on the card wait."""
+    from engine.run import generate, lock
 
     for _ in range(_TRIES):
         with lock.held(plan.card, told.say):
             again = planned()
             if again.device == plan.device:
                 told.say(f"plan\n{again.explain()}")
-                return again, load.load(again, told, debug=debug)
+                return again, generate.ready(again, [prompt], seed, told, debug=debug)
         plan = again
     raise HardwareError(
         "the cards change faster than a plan can be made", "each probe preferred another one", "name one: --gpu INDEX"

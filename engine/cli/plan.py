@@ -69,6 +69,7 @@ def run(arguments: list[str]) -> int:
     plan = engine.resolve(
         **options.request(given),
         **(options.exact(given) if given.exact else options.constraints(given)),
+        prompts_known=True,  # as the main job, whose plan this is, knows its prompt
         told=_tell,
     )
     from engine import advice

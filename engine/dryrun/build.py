@@ -81,6 +81,11 @@ def notes(pipe: Any) -> tuple[str, ...]:
     return tuple(getattr(pipe, _NOTES, ()))
 
 
+def component(model: Model, name: str, dtype: torch.dtype) -> Any:
+    """Return one component of a model, every weight of it on meta, as `pipeline` has it. Raises: ModelError."""
+    return _component(model, name, model.components[name], dtype)
+
+
 def _component(
     model: Model, name: str, part: Component, dtype: torch.dtype, weightless: Weightless = ALL_ON_META
 ) -> Any:

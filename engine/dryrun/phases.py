@@ -48,22 +48,30 @@ class Names:
 @contextlib.contextmanager
 def told(modules: Mapping[str, nn.Module], enter: Callable[[str], None]) -> Iterator[None]:
     """Let `enter` be called with the phase each time that one of these components, by name, is used."""
-    handles: list[Any] = []
-    wrapped: list[tuple[nn.Module, str]] = []
-    for name, module in modules.items():
-        handles.append(module.register_forward_pre_hook(functools.partial(_forward, enter, kind_of(name))))
-        for method in () if is_encoder(name) else VAE_METHODS:
-            real = getattr(module, method, None)
-            if callable(real):
-                setattr(module, method, _entering(enter, method, real))
-                wrapped.append((module, method))
+    undone = [tell(name, module, enter) for name, module in modules.items()]
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
-        for module, method in wrapped:
+        for undo in undone:
+            undo()
+
+
+def tell(name: str, module: nn.Module, enter: Callable[[str], None]) -> Callable[[], None]:
+    """Let `enter` be called so of one component, and return what ends that. Nothing else keeps the component alive."""
+    handle = module.register_forward_pre_hook(functools.partial(_forward, enter, kind_of(name)))
+    wrapped: list[str] = []
+    for method in () if is_encoder(name) else VAE_METHODS:
+        real = getattr(module, method, None)
+        if callable(real):
+            setattr(module, method, _entering(enter, method, real))
+            wrapped.append(method)
+
+    def undo() -> None:
+        handle.remove()
+        for method in wrapped:
             delattr(module, method)
+
+    return undo
 
 
 def _forward(enter: Callable[[str], None], kind: str, *_: Any) -> None:

@@ -151,6 +151,10 @@ class Placement:
         """Whether a component's weights come back to the host after they were on the device."""
         return False
 
+    def lets_go(self, component: str) -> bool:
+        """Whether the host lets go of a component before the next one is loaded, since it is on the device by then."""
+        return False
+
     def acts_on(self, path: str) -> bool:
         """Whether something can move when a module of this path begins or ends."""
         return False
@@ -163,14 +167,18 @@ class Placement:
 
 
 class Resident(Placement):
-    """Everything on the device for good. `pipe.to` goes by the components' names.
+    """Everything on the device for good. Components are loaded and put there one by one, by their names.
 
-    The order shows in what is allocated: each large weight is cut off the rest of a segment, and where what is left
-    then is no more than 1 MiB it counts with the weight.
+    AnimateDiff's are not: its pipeline makes one component of two. `pipe.to`, which puts them there then, goes by the
+    names too. The order shows in what is allocated: each large weight is cut off the rest of a segment, and where what
+    is left then is no more than 1 MiB it counts with the weight.
     """
 
     def resident(self) -> tuple[int, ...]:
         return self.slots(w for c in sorted(self.trace.components, key=_name) for w in c.moved())
+
+    def lets_go(self, component: str) -> bool:
+        return all(c.name != "motion_adapter" for c in self.trace.components)
 
 
 class ModelOffload(Placement):
@@ -463,12 +471,12 @@ class StagedEncoding(Placement):
 
     No hook of a library does this. It is a run in two stages: the prompts are encoded, the text encoders are let go of,
     the cache is emptied, and only then the rest is loaded and placed, as `rest` places it (all of it on the device, or
-    by any other placement). What the encoders gave stays, being activations.
+    by any other placement). What the encoders gave waits on the host meanwhile, and is an activation again then.
 
     A trace is of one call, and some pipelines encode a picture before the text. A text encoder that begins when the
     others are gone comes for that once, beside the rest: more than a staged run would hold.
 
-    The host holds the encoders and the rest one after the other too.
+    The host holds the encoders and the rest one after the other too, and of the encoders one at a time.
     """
 
     def __init__(self, trace: Trace, rest: Callable[[Trace], Placement] = Resident) -> None:
@@ -499,6 +507,9 @@ class StagedEncoding(Placement):
         if not self.encoders:
             return self.rest.resident()
         return tuple(dict.fromkeys(s for slots in self.encoders.values() for s in slots))
+
+    def lets_go(self, component: str) -> bool:
+        return component in self.encoders or self.rest.lets_go(component)
 
     def pinned(self) -> tuple[int, ...]:
         return self.rest.pinned()

@@ -236,26 +236,40 @@ def host_bytes(trace: Trace, placement: Placement, stored: Mapping[str, str | No
     Weights that are stored in the dtype they are loaded in stay pages of their files, which can be dropped; converted
     ones are anonymous. What model and unstreamed group offload bring back from the device is anonymous too. Pinned
     copies take the place of what they copy, rounded up to powers of two; those that are made for each transfer are
-    beside it. Of two stages the larger counts.
+    beside it. Of components that are let go of before the next one is loaded the largest counts, as wide as it was
+    loaded; of two stages the larger.
     """
     inner = placement.inner
     pinned = set(placement.pinned())
     is_staged = inner is not placement
     anonymous, file = [0, 0], [0, 0]  # of the second stage, which is the only one in general, and of the first
+    alone = [[(0, 0)], [(0, 0)]]  # of components of which the host holds one at a time
     for component in trace.components:
         is_first = is_staged and is_text_encoder(component.name)
         moved_back = not is_first and inner.brings_back(component.name)
+        is_let_go = placement.lets_go(component.name)
         is_mapped = stored.get(component.name) == dtype
         cast = {w.storage for m in component.modules if m.path in placement.casts for w in m.weights}
+        own_bytes = own_file_bytes = 0
         for weight in component.weights():
             slot = placement.slots([weight])[0]
             if slot in pinned:
                 continue
             is_as_stored = is_mapped and weight.is_saved and weight.dtype == dtype
             if is_as_stored and weight.storage not in cast and not moved_back:
-                file[is_first] += weight.size_bytes
+                own_file_bytes += weight.size_bytes
+            elif is_let_go and not is_as_stored:
+                own_bytes += weight.size_bytes
             else:
-                anonymous[is_first] += placement.sizes[slot]
+                own_bytes += placement.sizes[slot]
+        if is_let_go:
+            alone[is_first].append((own_bytes, own_file_bytes))
+        else:
+            anonymous[is_first] += own_bytes
+            file[is_first] += own_file_bytes
+    for stage, parts in enumerate(alone):
+        anonymous[stage] += max(own for own, _ in parts)
+        file[stage] += max(own for _, own in parts)
     held = pinned_bytes(placement.sizes[s] for s in sorted(pinned))
     held += pinned_in_turn_bytes([placement.sizes[s] for s in g] for g in placement.pinned_in_turn())
     if anonymous[True] > anonymous[False] + held:  # pinning comes with the second stage

@@ -19,6 +19,7 @@ SPEC = Spec(
     summary="the denoiser's attention projects queries, keys and values in one product instead of three",
     slot=30,
     changes_computing=True,
+    changes_weights=True,
 )
 load_arguments = nothing_to_load
 

@@ -30,6 +30,7 @@ SPEC = Spec(
     summary="keep weights in fewer bits and widen each layer while it computes: the denoiser's, or what is named",
     slot=40,
     quality="near",
+    changes_weights=True,
     params=(
         Param(
             name="components",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from engine.errors import DgRunError, UsageError
@@ -112,8 +112,8 @@ class Spec:
     changes_computing_with: str | None = None
     """A parameter that changes what is computed where it is given: then a dry run applies it too (`apply_dry`)."""
     params: tuple[Param, ...] = ()
-    planned_only: bool = False
-    """Whether this version estimates a run with it, and does not make one."""
+    changes_weights: bool = False
+    """Whether it makes other weights of a component's own: it acts before they are on the device (`on`)."""
     scalar: bool = False
     """Whether a profile may write `name: value` for its one parameter, `value`."""
 
@@ -197,6 +197,18 @@ def named(step: Step) -> tuple[str, ...] | None:
             "name the components, or leave them out",
         )
     return None if components is None else tuple(components)
+
+
+def on(step: Step, component: str) -> Step | None:
+    """Return a step that changes weights as it acts on one component alone; None where it leaves that as it is.
+
+    Without names it acts on what denoises.
+    """
+    wanted = named(step)
+    if component not in (attention.DENOISERS if wanted is None else wanted):
+        return None
+    alone = {} if wanted is None else {"components": (component,)}
+    return replace(step, params=FrozenDict({**step.params, **alone}))
 
 
 def held(pipe: Pipeline, step: Step) -> dict[str, Any]:

@@ -82,3 +82,12 @@ def reset_peak(device: str) -> None:
         import torch
 
         torch.cuda.reset_peak_memory_stats()
+
+
+def empty_cache(device: str) -> None:
+    """Give back what the device's allocator only keeps, where it has one."""
+    import torch
+
+    module = getattr(torch, device, None)
+    if device != "cpu" and module is not None:
+        module.empty_cache()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from engine import facts, optimizers
 from engine.errors import DgRunError, IncompatibleError, ModelError, NothingFitsError, OutOfMemoryError
 from engine.facts import integrity
-from engine.optimizers import placing
+from engine.facts.model import Model
+from engine.optimizers import placing, staged_encoding
 from engine.optimizers.group_offload import HOOK as GROUP_HOOK
-from engine.optimizers.spec import Context, NotApplied, modules
+from engine.optimizers.spec import Context, NotApplied, modules, on
 from engine.plan import Plan
-from engine.run import device, interrupt, lock, progress
+from engine.run import device, interrupt, lock, parts, progress
+from engine.run.parts import Parts
 from engine.run.progress import Progress, Quiet
 from engine.values import Rejection, Step
 
@@ -20,9 +25,50 @@ _MOST_TOLD = 3
 
 
 def load(plan: Plan, told: Progress | None = None, *, debug: bool = False) -> Any:
-    """Return the plan's pipeline, ready to be called."""
+    """Return the plan's pipeline, ready to be called. Raises: IncompatibleError, for one that is made in stages."""
     told = told or Quiet()
     refuse_unfit(plan)
+    _refuse_staged(plan)
+    with opened(plan, told, debug=debug) as source:
+        here = context(plan)
+        _refuse_unknown(plan, source)
+        if _comes_by_component(plan.optimizers, source.model.parts, here):
+            try:
+                whole = source.parts()
+            except ModelError:  # what cannot be built of its configuration alone comes as the library loads it
+                whole = None
+            if whole is not None:
+                return made(whole, list(whole.twins), plan.optimizers, {}, here, told, idle(plan))
+        with told.stage(f"loading {plan.request.model}"):
+            pipe = source.pipeline()
+        return apply(plan, pipe, told)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a plan's pipeline is loaded from."""
+
+    plan: Plan
+    model: Model
+    where: str
+    """A folder, or a name on the hub."""
+
+    def pipeline(self, given: Mapping[str, Any] | None = None) -> Any:
+        """Return the pipeline, loaded but for the components that are given."""
+        return _from_pretrained(self.plan, self.where, given or {})
+
+    def parts(self) -> Parts:
+        """Return how it is loaded in parts. Raises: ModelError, when its classes do not take their configurations."""
+        absent = self.plan.request.components
+        return Parts(make=self.pipeline, twins=parts.twins(self.model, context(self.plan).dtype, absent))
+
+
+@contextlib.contextmanager
+def opened(plan: Plan, told: Progress, *, debug: bool = False) -> Iterator[Source]:
+    """Start the libraries on the plan's card, and hold its lock while it is loaded.
+
+    Raises: ModelError, HardwareError.
+    """
     model = facts.find(plan.request.model, plan.request.revision)
     integrity.check(model)
     where = str(model.path) if model.source in ("embedded", "directory") else model.id
@@ -30,20 +76,11 @@ def load(plan: Plan, told: Progress | None = None, *, debug: bool = False) -> An
         with told.stage("starting torch and diffusers"), interrupt.held_back():
             device.choose(plan)
             progress.settle_libraries(told, debug=debug)
-        with told.stage(f"loading {plan.request.model}"):
-            pipe = _from_pretrained(plan, where)
-        return apply(plan, pipe, told)
+        yield Source(plan, model, where)
 
 
 def refuse_unfit(plan: Plan) -> None:
-    """Raises: NothingFitsError, when a plan says that nothing fits; IncompatibleError, when it can only be read."""
-    for step in plan.optimizers:
-        if optimizers.spec(step.name).planned_only:
-            raise IncompatibleError(
-                f"{step.name} is estimated by this version, and not run",
-                "the plan can be read and compared",
-                f"leave {step.name} out",
-            )
+    """Raises: NothingFitsError, when a plan says that nothing fits."""
     if plan.fits is False:
         raise NothingFitsError(
             f"nothing fits for {plan.request.model} on this machine",
@@ -66,6 +103,11 @@ def nearest(rejections: Sequence[Rejection]) -> list[Rejection]:
     return list(short[:_MOST_TOLD] or rejections[: 2 * _MOST_TOLD])
 
 
+def _refuse_staged(plan: Plan) -> None:
+    if staged_encoding.is_in(plan.optimizers):
+        raise staged_encoding.refused()
+
+
 def context(plan: Plan) -> Context:
     """Return where the plan is applied. A plan without `dtype` computes as the library loads, in float32."""
     dtype = next((str(s.params["value"]) for s in plan.optimizers if s.name == "dtype"), "float32")
@@ -78,7 +120,12 @@ def context(plan: Plan) -> Context:
     return Context(device=plan.torch_device, dtype=dtype)
 
 
-def _from_pretrained(plan: Plan, where: str) -> Any:
+def idle(plan: Plan) -> frozenset[str]:
+    """Return the optimizers that the plan says have no effect."""
+    return frozenset(n.optimizer for n in plan.notes if n.kind == "no_effect" and n.optimizer is not None)
+
+
+def _from_pretrained(plan: Plan, where: str, given: Mapping[str, Any]) -> Any:
     import torch
     from diffusers import DiffusionPipeline
 
@@ -88,7 +135,7 @@ def _from_pretrained(plan: Plan, where: str) -> Any:
         arguments |= optimizers.get(step.name).load_arguments(step, here)
     if plan.request.revision is not None and where == plan.request.model:
         arguments["revision"] = plan.request.revision
-    arguments |= dict(plan.request.components)  # None: not loaded
+    arguments |= dict(given) | dict(plan.request.components)  # None: not loaded
     try:
         return DiffusionPipeline.from_pretrained(where, use_safetensors=True, trust_remote_code=False, **arguments)
     except torch.OutOfMemoryError as error:
@@ -102,6 +149,55 @@ def _from_pretrained(plan: Plan, where: str) -> Any:
         ) from error
 
 
+def made(
+    whole: Parts,
+    names: Sequence[str],
+    steps: Sequence[Step],
+    given: Mapping[str, Any],
+    here: Context,
+    told: Progress,
+    idle: Collection[str] = (),
+) -> Any:
+    """Return a pipeline of these components (all others None), every step applied and seen to hold.
+
+    Where all of it is to be on the device, each component is there before the next one is loaded: the host never holds
+    the whole model. `given` are components that have no weights and were loaded before.
+    """
+    done: set[str] = set()
+
+    def settle(name: str, module: Any) -> None:
+        """What changes weights acts on the host, before they are on the device."""
+        alone = SimpleNamespace(components={name: module}, **{name: module})
+        for step in steps:
+            if _is_passed_over(step, here, idle) or not optimizers.spec(step.name).changes_weights:
+                continue
+            if (own := on(step, name)) is not None:
+                _apply(own, alone, here)
+                done.add(step.name)
+        module.to(here.device)
+
+    with told.stage("loading the model" if len(names) == len(whole.twins) else f"loading {', '.join(names)}"):
+        if _comes_by_component(steps, names, here):
+            pipe = whole.loaded((), whole.one_by_one(names, given, settle))
+        else:
+            pipe = whole.loaded(names, given)
+    for name in whole.twins:
+        if name not in names:
+            setattr(pipe, name, None)
+    return apply_all(steps, pipe, here, told, idle, done)
+
+
+def _comes_by_component(steps: Sequence[Step], names: Sequence[str], here: Context) -> bool:
+    """Whether components are put on the device as they come. The offloads begin with everything on the host."""
+    placed = placing.placements(placing.spread(steps, names))
+    # AnimateDiff makes one component of two others while the pipeline is made.
+    return here.has_accelerator and "motion_adapter" not in names and {s.name for s in placed} <= {placing.RESIDENT}
+
+
+def _refuse_unknown(plan: Plan, source: Source) -> None:
+    placing.refuse_unknown(plan.optimizers, [*source.model.parts, *plan.request.components])
+
+
 def apply(plan: Plan, pipe: Any, told: Progress | None = None) -> Any:
     """Return `pipe` with every step applied and seen to hold, in the plan's order."""
     refuse_unfit(plan)
@@ -110,20 +206,31 @@ def apply(plan: Plan, pipe: Any, told: Progress | None = None) -> Any:
 
 def apply_steps(plan: Plan, pipe: Any, here: Context, told: Progress | None = None) -> Any:
     """Return `pipe` with a plan's steps applied where `here` says, whether or not the plan is expected to fit."""
-    told = told or Quiet()
+    _refuse_staged(plan)
+    return apply_all(plan.optimizers, pipe, here, told or Quiet(), idle(plan))
+
+
+def apply_all(
+    steps: Sequence[Step],
+    pipe: Any,
+    here: Context,
+    told: Progress,
+    idle: Collection[str] = (),
+    done: Collection[str] = (),
+) -> Any:
+    """Return `pipe` with every step applied and seen to hold, in their order; of those in `done` it is only seen.
+
+    Steps in `idle` are said to have no effect on it.
+    """
     _refuse_placed(pipe)
-    idle = {n.optimizer for n in plan.notes if n.kind == "no_effect"}
-    placing.refuse_unknown(plan.optimizers, [*modules(pipe), *(n for n, c in pipe.components.items() if c is None)])
-    for step in placing.spread(plan.optimizers, modules(pipe)):
-        spec = optimizers.spec(step.name)
-        if step.name in idle and not here.has_accelerator and spec.is_placement:
-            told.say(f"  {step.name}: no effect without an accelerator")
-            continue
-        if step.name in idle and spec.changes_computing:
-            told.say(f"  {step.name}: no effect on this model")
+    placing.refuse_unknown(steps, [*modules(pipe), *(n for n, c in pipe.components.items() if c is None)])
+    for step in placing.spread(steps, modules(pipe)):
+        if _is_passed_over(step, here, idle):
+            why = "without an accelerator" if optimizers.spec(step.name).is_placement else "on this model"
+            told.say(f"  {step.name}: no effect {why}")
             continue
         try:
-            told.say(f"  {step.name}: {_apply_one(step, pipe, here)}")
+            told.say(f"  {step.name}: {apply_one(step, pipe, here, is_done=step.name in done)}")
         except IncompatibleError:
             if step.name not in idle:
                 raise
@@ -131,19 +238,31 @@ def apply_steps(plan: Plan, pipe: Any, here: Context, told: Progress | None = No
     return pipe
 
 
-def _apply_one(step: Step, pipe: Any, here: Context) -> str:
-    optimizer = optimizers.get(step.name)
+def _is_passed_over(step: Step, here: Context, idle: Collection[str]) -> bool:
+    spec = optimizers.spec(step.name)
+    without_card = spec.is_placement and not here.has_accelerator
+    return step.name in idle and (without_card or spec.changes_computing)
+
+
+def apply_one(step: Step, pipe: Any, here: Context, *, is_done: bool = False) -> str:
+    """Apply a step, unless it is done, and return what is seen of it. Raises: IncompatibleError, OutOfMemoryError."""
     try:
-        optimizer.apply(pipe, step, here)
-        return optimizer.verify(pipe, step, here)
+        if not is_done:
+            _apply(step, pipe, here)
+        return optimizers.get(step.name).verify(pipe, step, here)
     except NotApplied as error:
-        if optimizer.load_arguments(step, here):
+        if optimizers.get(step.name).load_arguments(step, here):
             raise IncompatibleError(
                 f"{step.name} acts while a pipeline is loaded, and is not true of this one",
                 error.why,
                 "load the pipeline so, or let plan.load() do it",
             ) from None
         raise
+
+
+def _apply(step: Step, pipe: Any, here: Context) -> None:
+    try:
+        optimizers.get(step.name).apply(pipe, step, here)
     except DgRunError:
         raise
     except (ValueError, RuntimeError, NotImplementedError, TypeError) as error:

@@ -144,7 +144,6 @@ def _unknown(found: Candidate, situation: Situation) -> Reason | None:
 
 def _constraint(found: Candidate, situation: Situation) -> Reason | None:
     request = situation.request
-    required = {s.name for s in request.require}
     for step in found.acting:
         spec = optimizers.spec(step.name)
         if step.name in request.forbid:
@@ -154,9 +153,6 @@ def _constraint(found: Candidate, situation: Situation) -> Reason | None:
             because = f"{step.name} is {spec.quality}, and the quality asked for is {request.quality}"
             remedy = f"allow --quality {spec.quality}, or forbid {step.name}"
             return Reason(found.steps, "quality", because, remedy)
-        if spec.planned_only and step.name not in required:
-            because = f"a run with {step.name} is only estimated by this version, and not made"
-            return Reason(found.steps, "planned", because, f"--require {step.name} plans it")
     return None
 
 

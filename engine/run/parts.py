@@ -1,0 +1,63 @@
+"""Load a pipeline in parts: some of its components with their weights, weightless twins on meta in the others' places.
+
+A pipeline is made of all its components at once, and reads the configurations of each. So one of them is loaded alone
+beside twins of the others, which are built of their configurations in no time and take no room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.facts.model import Model
+
+Made = Callable[[Mapping[str, Any]], Any]
+"""Makes the pipeline: with these components as they are given, the others loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """How a pipeline is loaded in parts; `twins` are of all its components with weights, by name."""
+
+    make: Made
+    twins: Mapping[str, Any]
+
+    def loaded(self, names: Iterable[str], given: Mapping[str, Any]) -> Any:
+        """Return the pipeline with these components loaded; of the others those that are given, and twins."""
+        wanted = set(names)
+        return self.make({n: t for n, t in self.twins.items() if n not in wanted} | dict(given))
+
+    def one_by_one(
+        self, names: Iterable[str], given: Mapping[str, Any], settle: Callable[[str, Any], None]
+    ) -> dict[str, Any]:
+        """Return these components, each loaded and settled (put where it will be) before the next one comes.
+
+        What has no weights is loaded with the first of them, and among what is returned.
+        """
+        found = dict(given)
+        for name in sorted(names):
+            pipe = self.loaded([name], without_weights(found))
+            found |= without_weights(pipe.components)
+            found[name] = getattr(pipe, name)
+            del pipe
+            settle(name, found[name])
+        return found
+
+
+def without_weights(components: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the components that have no weights: tokenizers, schedulers and their like."""
+    import torch
+
+    return {n: c for n, c in components.items() if c is not None and not isinstance(c, torch.nn.Module)}
+
+
+def twins(model: Model, dtype: str, absent: Iterable[str] = ()) -> dict[str, Any]:
+    """Return twins of a model's components that have weights. Raises: ModelError, where one cannot be built."""
+    import torch
+
+    from engine.dryrun import build
+
+    left_out = set(absent)
+    made = {n: build.component(model, n, getattr(torch, dtype)) for n in model.parts if n not in left_out}
+    return {n: c for n, c in made.items() if isinstance(c, torch.nn.Module)}
