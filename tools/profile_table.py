@@ -62,6 +62,7 @@ def table() -> str:
                 gpu=CARD,
                 vram=profiles.find(name).match.free_vram_at_least_bytes,
                 profile=name,
+                prompts_known=True,
                 hardware=Hardware(gpus=(), host=host, no_gpu_because="planned for a card by its name"),
                 height=side,
                 width=side,
