@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from engine.estimate import store
 from engine.values import Gpu, Hardware, Host
 
 # How long an example takes is no property of the code: machines that test are busy.
-settings.register_profile("dg-run", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("dg-run")
+_CHECKS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("dg-run", max_examples=50, **_CHECKS)  # type: ignore[arg-type]
+settings.register_profile("thorough", max_examples=400, **_CHECKS)  # type: ignore[arg-type]
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dg-run"))
 
 GIB = 1024**3
 RTX_4090 = "GeForce RTX 4090"

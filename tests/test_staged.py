@@ -92,7 +92,10 @@ def test_pictures_of_a_staged_run_carry_what_they_were_made_with() -> None:
     assert {p.info["plan_digest"] for p in found} == {plan.digest}
 
 
-@pytest.mark.parametrize("architecture", pipelines.ALL)
+@pytest.mark.parametrize(
+    "architecture",
+    [a if a in ("flux", "sd3", "sdxl", "wan") else pytest.param(a, marks=pytest.mark.slow) for a in pipelines.ALL],
+)
 def test_every_architecture_draws_staged_what_it_draws_whole(architecture: str) -> None:
     """Loaded in stages from a folder, on the CPU, to the bit."""
     pipe, call = pipelines.made(architecture)
