@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 UNKNOWN = Estimate()
 _REQUESTS_KEPT = 32
+_QUADRATIC = "attention and products of decode"  # `whole.QUADRATIC`, which is not imported for a warm answer
 _LEASTS: dict[tuple[str, str], dict[str, Least]] = {}
 
 
@@ -129,7 +130,10 @@ class Estimator:
         if found is None:
             return None
         bounds, seconds = found
-        computing = None if seconds is None else sum(s for n, s in seconds.items() if is_own or "decode" not in n)
+        computing = None
+        if seconds is not None:
+            saved = 0.0 if is_own else seconds[_QUADRATIC]
+            computing = max(0.0, sum(s for n, s in seconds.items() if n != _QUADRATIC) - saved)
         return bounds.least(
             steps,
             context_bytes=self._context,
@@ -140,9 +144,18 @@ class Estimator:
         )
 
     def timed(self, steps: Sequence[Step]) -> float | None:
-        """Return the seconds that the estimate will give, without the rest of it; None where no trace is there yet."""
+        """Return the seconds that the estimate will give, without the rest of it; None where no trace is there yet.
+
+        In tiles of another size they are the least: those of the plain decode, less what tiles could save of it.
+        """
+        if any(s.name == "vae_tiling" for s in _changes(steps)):
+            plain = [s for s in steps if s.name != "vae_tiling"]
+            found = self.timed(plain)
+            bounds = self._bounds(_dtype(plain), _changes(plain), "")
+            saved = 0.0 if bounds is None or bounds[1] is None else bounds[1][_QUADRATIC]
+            return None if found is None else max(0.0, found - saved)
         dtype, changes = _dtype(steps), _changes(steps)
-        if self._unknown(steps, dtype) is not None or self.gpu is None or any(s.name == "vae_tiling" for s in changes):
+        if self._unknown(steps, dtype) is not None or self.gpu is None:
             return None
         asked = "; ".join(map(str, steps))
         if asked in self._found:
@@ -218,7 +231,7 @@ class Estimator:
         bounds = None
         with contextlib.suppress(TypeError, KeyError, AttributeError):
             bounds = None if kept is None else Bounds.from_json(kept)
-        if bounds is None or seconds is None:
+        if bounds is None or not isinstance(seconds, dict) or _QUADRATIC not in seconds:
             trace = self._trace(dtype, changes, along)
             if trace is None:
                 return None

@@ -26,7 +26,7 @@ from engine.estimate.placements import (
     keeping,
 )
 from engine.estimate.stream import Stream, Taken
-from engine.estimate.trace import Trace, Work
+from engine.estimate.trace import KIND_BITS, KIND_MASK, PHASE, WORK, Trace, Work
 from engine.estimate.ways import way
 from engine.facts.casting import is_text_encoder
 from engine.optimizers import placing
@@ -202,14 +202,35 @@ def _by_phase(phases: Sequence[clock.PhaseSeconds]) -> dict[str, float]:
 
 
 def computing_seconds(trace: Trace, speed: Speeds | None, steps: int | None) -> dict[str, float] | None:
-    """Return the seconds by phase of a run with everything on the device; None for a card without rates."""
+    """Return the seconds by phase of a run with everything on the device; None for a card without rates.
+
+    `QUADRATIC` is no phase: it is what of decoding other tiles could save.
+    """
     if speed is None:
         return None
-    found: dict[str, float] = {}
+    found = {QUADRATIC: _quadratic_seconds(trace, speed)}
     usual = trace.usual_steps if steps is None else steps
     for phase in clock.phases(trace, functools.partial(Resident, trace), speed, usual):
         found[phase.name] = found.get(phase.name, 0.0) + phase.seconds
     return found
+
+
+QUADRATIC = "attention and products of decode"
+
+
+def _quadratic_seconds(trace: Trace, speed: Speeds) -> float:
+    """Return the seconds of a decoder's attention and products, with what it takes to start them.
+
+    All else in a decoder grows with the pixels, and tiles overlap: together they compute no less of it than the whole.
+    """
+    seconds, phase = 0.0, ""
+    for word in trace.events:
+        kind, payload = word & KIND_MASK, word >> KIND_BITS
+        if kind == PHASE:
+            phase = trace.phases[payload]
+        elif kind == WORK and phase.startswith("decode") and trace.works[payload].kind in ("attention", "matmul"):
+            seconds += clock.work_seconds(trace.works[payload], speed) + speed.launch_s
+    return seconds
 
 
 def _range(
