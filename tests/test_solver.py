@@ -17,7 +17,7 @@ from engine import arguments, facts, optimizers, profiles, scenarios, solve
 from engine.errors import IncompatibleError
 from engine.estimate.bounds import Least
 from engine.plan import Plan
-from engine.solve import Decision, Situation
+from engine.solve import Decision, Situation, opened
 from engine.solve.prices import prices
 from engine.solve.situation import QUALITIES
 from engine.values import Estimate, Match, Phase, Profile, Request, Slot, Step
@@ -398,3 +398,16 @@ def test_of_several_cards_the_one_with_the_best_plan_is_taken() -> None:
     assert solve.better([fitting, faster, nothing]) == 1
     assert solve.better([nothing, fitting]) == 1
     assert solve.better([nothing, nothing]) == 0
+
+
+def test_whatever_may_be_open_has_values() -> None:
+    where = dataclasses.replace(
+        situation(Table(dict.fromkeys(KINDS, (GIB, GIB, 1.0)), 1.0, True), GIB, None),
+        sizes=lambda dtype: {"vae": 1, "text_encoder": 2, "transformer": 5},
+    )
+    for spec in optimizers.specs():
+        for param in spec.params:
+            if param.opens:
+                found = opened.values(spec.step({param.name: "auto"}), where)
+                assert found, (spec.name, param.name)
+                assert all(s.params.get(param.name) != "auto" for s in found), (spec.name, param.name)

@@ -52,7 +52,7 @@ def _of(optimizer: str, name: str, situation: Situation) -> Iterable[object]:
         case _, "components":
             sizes = situation.sizes(dtypes(situation)[0])
             return _smallest(sizes) if optimizer == "resident" else _largest(sizes)
-    raise NotImplementedError(f"{optimizer}.{name} is open, and nothing here says what it can be")
+    raise LookupError(f"{optimizer}.{name} is open, and nothing here says what it can be")
 
 
 def _is_sensible(step: Step, open_: Iterable[str]) -> bool:
