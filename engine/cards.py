@@ -159,7 +159,15 @@ def candidates(request: Request, seen: Hardware) -> tuple[Gpu | None, ...]:
     meant = chosen(request, seen)
     if meant is None or request.gpu is not None or request.vram_bytes is not None:
         return (meant,)
-    return (meant, *(g for g in seen.gpus if g is not meant and g.free_bytes is not None))
+    found = {_kind(meant): meant}
+    for gpu in sorted(seen.gpus, key=lambda g: (-(g.free_bytes or 0), g.index)):
+        if gpu.free_bytes is not None:
+            found.setdefault(_kind(gpu), gpu)  # of equal cards the one with the most room has the best plan
+    return tuple(found.values())
+
+
+def _kind(gpu: Gpu) -> tuple[object, ...]:
+    return gpu.name, gpu.arch, gpu.total_bytes, gpu.mig, gpu.pcie_generation, gpu.pcie_width, gpu.driver_model
 
 
 def headroom_bytes(request: Request, card: Gpu) -> int:

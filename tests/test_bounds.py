@@ -13,7 +13,7 @@ from engine import facts, optimizers
 from engine.estimate import bounds, clock, store, whole, workspaces
 from engine.estimate.bounds import Bounds
 from engine.estimate.estimator import Estimator
-from engine.estimate.ways import way
+from engine.estimate.ways import QUADRATIC, way
 from engine.values import Gpu, Request, Step
 from tests.conftest import card
 
@@ -76,7 +76,7 @@ def test_a_bound_is_never_more_than_the_replay(model: str) -> None:
         least = made.least(
             steps,
             context_bytes=workspaces.context_bytes(gpu.compute_capability, None),
-            computing_s=sum(s for n, s in seconds.items() if n != whole.QUADRATIC),
+            computing_s=sum(s for n, s in seconds.items() if n != QUADRATIC),
             speed=speed,
             denoising_steps=steps_taken,
         )

@@ -12,7 +12,7 @@ from engine import history, optimizers
 from engine.calibration import Calibration
 from engine.estimate import store
 from engine.estimate.between import between, within
-from engine.estimate.ways import way
+from engine.estimate.ways import QUADRATIC, way
 from engine.facts.model import Model
 from engine.optimizers import placing
 from engine.values import Estimate, Gpu, Request, Step
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 UNKNOWN = Estimate()
 _REQUESTS_KEPT = 32
-_QUADRATIC = "attention and products of decode"  # `whole.QUADRATIC`, which is not imported for a warm answer
 _LEASTS: dict[tuple[str, str], dict[str, Least]] = {}
 
 
@@ -132,8 +131,8 @@ class Estimator:
         bounds, seconds = found
         computing = None
         if seconds is not None:
-            saved = 0.0 if is_own else seconds[_QUADRATIC]
-            computing = max(0.0, sum(s for n, s in seconds.items() if n != _QUADRATIC) - saved)
+            saved = 0.0 if is_own else seconds[QUADRATIC]
+            computing = max(0.0, sum(s for n, s in seconds.items() if n != QUADRATIC) - saved)
         return bounds.least(
             steps,
             context_bytes=self._context,
@@ -152,7 +151,7 @@ class Estimator:
             plain = [s for s in steps if s.name != "vae_tiling"]
             found = self.timed(plain)
             bounds = self._bounds(_dtype(plain), _changes(plain), "")
-            saved = 0.0 if bounds is None or bounds[1] is None else bounds[1][_QUADRATIC]
+            saved = 0.0 if bounds is None or bounds[1] is None else bounds[1][QUADRATIC]
             return None if found is None else max(0.0, found - saved)
         dtype, changes = _dtype(steps), _changes(steps)
         if self._unknown(steps, dtype) is not None or self.gpu is None:
@@ -231,7 +230,7 @@ class Estimator:
         bounds = None
         with contextlib.suppress(TypeError, KeyError, AttributeError):
             bounds = None if kept is None else Bounds.from_json(kept)
-        if bounds is None or not isinstance(seconds, dict) or _QUADRATIC not in seconds:
+        if bounds is None or not isinstance(seconds, dict) or QUADRATIC not in seconds:
             trace = self._trace(dtype, changes, along)
             if trace is None:
                 return None

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from engine.values import Step
 
+QUADRATIC = "attention and products of decode"
+"""Beside the seconds by phase: what of decoding could be saved by other tiles."""
+
 
 def way(steps: Sequence[Step]) -> str:
     """Return which way through the VAE these steps take: "", or the name of a trace's alternatives."""

@@ -27,7 +27,7 @@ from engine.estimate.placements import (
 )
 from engine.estimate.stream import Stream, Taken
 from engine.estimate.trace import KIND_BITS, KIND_MASK, PHASE, WORK, Trace, Work
-from engine.estimate.ways import way
+from engine.estimate.ways import QUADRATIC, way
 from engine.facts.casting import is_text_encoder
 from engine.optimizers import placing
 from engine.optimizers.spec import named
@@ -213,9 +213,6 @@ def computing_seconds(trace: Trace, speed: Speeds | None, steps: int | None) -> 
     for phase in clock.phases(trace, functools.partial(Resident, trace), speed, usual):
         found[phase.name] = found.get(phase.name, 0.0) + phase.seconds
     return found
-
-
-QUADRATIC = "attention and products of decode"
 
 
 def _quadratic_seconds(trace: Trace, speed: Speeds) -> float:
