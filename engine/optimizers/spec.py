@@ -112,6 +112,8 @@ class Spec:
     changes_computing_with: str | None = None
     """A parameter that changes what is computed where it is given: then a dry run applies it too (`apply_dry`)."""
     params: tuple[Param, ...] = ()
+    is_of_process: bool = False
+    """Whether it sets what is the process's, and no pipeline's: it is passed over where it has no effect."""
     changes_weights: bool = False
     """Whether it makes other weights of a component's own: it acts before they are on the device (`on`)."""
     scalar: bool = False
@@ -172,7 +174,8 @@ class Optimizer(Protocol):
     def verify(self, pipe: Pipeline, step: Step, context: Context) -> str:
         """Return one line of what is seen to hold on the pipeline. Raises: NotApplied."""
 
-    # apply_dry, where a module has it, takes the place of `apply` in a dry run.
+    # apply_dry, where a module has it, takes the place of `apply` in a dry run. before_start(step), where a module has
+    # it, is called before CUDA starts.
 
 
 def nothing_to_load(step: Step, context: Context) -> dict[str, Any]:
