@@ -148,6 +148,7 @@ LAYERS = [
     "engine.run.load",
     "engine.run.staged",
     "engine.run.remember",
+    "engine.run.media",
     "engine.run.generate",
     "engine.run.output",
     "engine.run.measure",
