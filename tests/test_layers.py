@@ -145,6 +145,8 @@ LAYERS = [
     "engine.run.parts",
     "engine.run.calls",
     "engine.run.stages",
+    "engine.run.applied",
+    "engine.run.callers",
     "engine.run.load",
     "engine.run.staged",
     "engine.run.remember",
