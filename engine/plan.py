@@ -123,7 +123,7 @@ class Plan:
 
         return lockfile.write(self, path)
 
-    # The three doors to the torch edge. Everything else about a plan is plain data.
+    # The four doors to the torch edge. Everything else about a plan is plain data.
 
     def load(self) -> Any:
         """Return the model's pipeline, loaded as planned, with every optimizer applied and verified.
@@ -137,11 +137,24 @@ class Plan:
     def apply(self, pipe: Any) -> Any:
         """Return `pipe`, a pipeline that the caller has loaded, with every optimizer applied and verified.
 
-        Raises: IncompatibleError, when a step that acts while loading is not already true of it.
+        Where this was done before it is only verified again.
+
+        Raises: IncompatibleError, when a step that acts while loading is not already true of it, its components are
+            others than were planned, or something was done to it that the plan does not say.
         """
         from engine.run import load
 
         return load.apply(self, pipe)
+
+    def undo(self, pipe: Any) -> None:
+        """Take back what `load` or `apply` of this plan did to `pipe`, the last step first.
+
+        Raises: IncompatibleError, when it was not applied to `pipe`; and, before anything is touched, when a step
+            cannot be taken back (`layerwise_casting`, `group_offload`).
+        """
+        from engine.run import load
+
+        load.undo(self, pipe)
 
     def run(
         self,

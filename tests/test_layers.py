@@ -147,6 +147,8 @@ LAYERS = [
     "engine.run.items",
     "engine.run.calls",
     "engine.run.stages",
+    "engine.run.applied",
+    "engine.run.callers",
     "engine.run.load",
     "engine.run.staged",
     "engine.run.remember",

@@ -13,10 +13,9 @@ from engine.errors import DgRunError, IncompatibleError, ModelError, NothingFits
 from engine.facts import integrity
 from engine.facts.model import Model
 from engine.optimizers import placing, staged_encoding
-from engine.optimizers.group_offload import HOOK as GROUP_HOOK
 from engine.optimizers.spec import Context, NotApplied, modules, on
 from engine.plan import Plan
-from engine.run import device, interrupt, lock, parts, progress
+from engine.run import applied, callers, device, interrupt, lock, parts, progress
 from engine.run.parts import Parts
 from engine.run.progress import Progress, Quiet
 from engine.values import Rejection, Step
@@ -41,7 +40,7 @@ def load(plan: Plan, told: Progress | None = None, *, debug: bool = False) -> An
                 return made(whole, list(whole.twins), plan.optimizers, {}, here, told, idle(plan))
         with told.stage(f"loading {plan.request.model}"):
             pipe = source.pipeline()
-        return apply(plan, pipe, told)
+        return apply_all(plan.optimizers, pipe, here, told, idle(plan))
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,15 +198,41 @@ def _refuse_unknown(plan: Plan, source: Source) -> None:
 
 
 def apply(plan: Plan, pipe: Any, told: Progress | None = None) -> Any:
-    """Return `pipe` with every step applied and seen to hold, in the plan's order."""
+    """Return `pipe`, which the caller has loaded, with every step applied and seen to hold, in the plan's order.
+
+    Where just this was applied to it before, it is only seen to hold. Raises: IncompatibleError, for a pipeline of
+    other components than were planned, or one that is modified otherwise; as `apply_steps`.
+    """
     refuse_unfit(plan)
+    _refuse_staged(plan)
+    callers.refuse_other(plan, pipe, told or Quiet())
     return apply_steps(plan, pipe, context(plan), told)
 
 
 def apply_steps(plan: Plan, pipe: Any, here: Context, told: Progress | None = None) -> Any:
     """Return `pipe` with a plan's steps applied where `here` says, whether or not the plan is expected to fit."""
     _refuse_staged(plan)
-    return apply_all(plan.optimizers, pipe, here, told or Quiet(), idle(plan))
+    told = told or Quiet()
+    planned = _planned(plan.optimizers, pipe)
+    if (before := applied.is_there(pipe, planned, here)) is not None:
+        told.say("  already applied")
+        for step in before.acted:
+            told.say(f"  {step.name}: {apply_one(step, pipe, here, is_done=True)}")
+        return pipe
+    there = callers.already(planned, pipe, here)
+    return apply_all(plan.optimizers, pipe, here, told, idle(plan), there=there)
+
+
+def undo(plan: Plan, pipe: Any, told: Progress | None = None) -> None:
+    """Take back what was done to `pipe` by this plan. Raises: as `engine.run.applied.undo`."""
+    _refuse_staged(plan)
+    applied.undo(pipe, _planned(plan.optimizers, pipe), context(plan), told or Quiet())
+
+
+def _planned(steps: Sequence[Step], pipe: Any) -> tuple[Step, ...]:
+    """Return steps as they are applied to a pipeline. Raises: UsageError, for components that it does not have."""
+    placing.refuse_unknown(steps, [*modules(pipe), *(n for n, c in pipe.components.items() if c is None)])
+    return placing.spread(steps, modules(pipe))
 
 
 def apply_all(
@@ -217,24 +242,28 @@ def apply_all(
     told: Progress,
     idle: Collection[str] = (),
     done: Collection[str] = (),
+    there: Collection[str] = (),
 ) -> Any:
     """Return `pipe` with every step applied and seen to hold, in their order; of those in `done` it is only seen.
 
-    Steps in `idle` are said to have no effect on it.
+    Steps in `idle` are said to have no effect on it. Those in `there` were true of it before, by somebody else's doing:
+    they too are only seen, and are not taken back when the others are.
     """
-    _refuse_placed(pipe)
-    placing.refuse_unknown(steps, [*modules(pipe), *(n for n, c in pipe.components.items() if c is None)])
-    for step in placing.spread(steps, modules(pipe)):
+    planned, acted = _planned(steps, pipe), []
+    for step in planned:
         if _is_passed_over(step, here, idle):
             why = "without an accelerator" if optimizers.spec(step.name).is_placement else "on this model"
             told.say(f"  {step.name}: no effect {why}")
             continue
         try:
-            told.say(f"  {step.name}: {apply_one(step, pipe, here, is_done=step.name in done)}")
+            is_done = step.name in done or step.name in there
+            told.say(f"  {step.name}: {apply_one(step, pipe, here, is_done=is_done)}")
+            acted += [step] if step.name not in there else []
         except IncompatibleError:
             if step.name not in idle:
                 raise
             told.say(f"  {step.name}: no effect on this model")
+    applied.keep(pipe, planned, acted, here)
     return pipe
 
 
@@ -275,19 +304,3 @@ def _apply(step: Step, pipe: Any, here: Context) -> None:
         raise IncompatibleError(
             f"{step.name} cannot be applied to {type(pipe).__name__}", " ".join(str(error).split())[:400]
         ) from error
-
-
-def _refuse_placed(pipe: Any) -> None:
-    """Refuse a pipeline on which hooks already decide where weights are: a second placement would fight the first."""
-    hooked = [n for n, m in modules(pipe).items() if any(_places(part) for part in m.modules())]
-    if hooked:
-        raise IncompatibleError(
-            f"the pipeline is already offloaded ({', '.join(hooked)})",
-            "a plan is applied to a pipeline on which nothing has been placed yet",
-            "load the pipeline anew; pipe.remove_all_hooks() is enough after model_offload",
-        )
-
-
-def _places(module: Any) -> bool:
-    registry = getattr(module, "_diffusers_hook", None)
-    return hasattr(module, "_hf_hook") or (registry is not None and registry.get_hook(GROUP_HOOK) is not None)
