@@ -50,6 +50,8 @@ LAYERS = [
     "engine.optimizers.spec",
     "engine.optimizers.offload",
     "engine.optimizers.tiles",
+    "engine.optimizers.allocator",
+    "engine.optimizers.tf32",
     "engine.optimizers.staged_encoding",
     "engine.optimizers.dtype",
     "engine.optimizers.fuse_qkv",

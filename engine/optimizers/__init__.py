@@ -16,6 +16,8 @@ from engine.values import FrozenDict, Step
 from engine.words import did_you_mean, listing
 
 _MODULES = (
+    "allocator",
+    "tf32",
     "staged_encoding",
     "dtype",
     "fuse_qkv",

@@ -73,9 +73,18 @@ def opened(plan: Plan, told: Progress, *, debug: bool = False) -> Iterator[Sourc
     where = str(model.path) if model.source in ("embedded", "directory") else model.id
     with lock.held(plan.card, told.say):
         with told.stage("starting torch and diffusers"), interrupt.held_back():
+            _before_start(plan)
             device.choose(plan)
             progress.settle_libraries(told, debug=debug)
         yield Source(plan, model, where)
+
+
+def _before_start(plan: Plan) -> None:
+    """Let the steps act that act before CUDA starts. Raises: IncompatibleError, when one comes too late."""
+    for step in plan.optimizers:
+        hook = getattr(optimizers.get(step.name), "before_start", None)
+        if hook is not None and step.name not in idle(plan):
+            hook(step)
 
 
 def refuse_unfit(plan: Plan) -> None:
@@ -252,8 +261,7 @@ def apply_all(
     planned, acted = _planned(steps, pipe), []
     for step in planned:
         if _is_passed_over(step, here, idle):
-            why = "without an accelerator" if optimizers.spec(step.name).is_placement else "on this model"
-            told.say(f"  {step.name}: no effect {why}")
+            told.say(f"  {step.name}: no effect {_where(step, here)}")
             continue
         try:
             is_done = step.name in done or step.name in there
@@ -267,10 +275,16 @@ def apply_all(
     return pipe
 
 
+def _where(step: Step, here: Context) -> str:
+    spec = optimizers.spec(step.name)
+    is_of_card = spec.is_placement or spec.is_of_process
+    return "without an accelerator" if is_of_card and not here.has_accelerator else "on this model"
+
+
 def _is_passed_over(step: Step, here: Context, idle: Collection[str]) -> bool:
     spec = optimizers.spec(step.name)
     without_card = spec.is_placement and not here.has_accelerator
-    return step.name in idle and (without_card or spec.changes_computing)
+    return step.name in idle and (without_card or spec.changes_computing or spec.is_of_process)
 
 
 def apply_one(step: Step, pipe: Any, here: Context, *, is_done: bool = False) -> str:
