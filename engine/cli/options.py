@@ -20,6 +20,7 @@ from engine.values import Step
 from engine.words import did_you_mean, listing
 
 COMMANDS = {
+    "show": "show what an output was made with",
     "plan": "show what would be run, and why, without running it",
     "profiles": "list and show profiles",
     "doctor": "show what this machine has, and what is missing",
@@ -118,10 +119,19 @@ def add_job(parser: Parser) -> None:
     )
     parser.add_argument("--prompt", metavar="TEXT", help="what to draw")
     parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="several of them: .txt, one a line, or .jsonl, an object a line; a run that ended is gone on with",
+    )
+    parser.add_argument("--num_images", type=whole, metavar="N", help="outputs of each prompt (default: --batch_size)")
+    parser.add_argument(
         "--seed", type=whole, metavar="N", help="the same seed, the same picture (default: a new one, which is said)"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE.png", help="where the picture goes (default: a new name in outputs/)"
+        "--output",
+        metavar="FILE|DIR/",
+        help="where it goes: a .png (a .mp4 for videos), or a folder (default: a new name in outputs/)",
     )
 
 
@@ -143,7 +153,7 @@ def _add_sizes(parser: Parser) -> None:
     )
     group.add_argument("--height", type=whole, metavar="PX")
     group.add_argument("--width", type=whole, metavar="PX")
-    group.add_argument("--batch_size", type=whole, default=1, metavar="N", help="pictures at a time (default: 1)")
+    group.add_argument("--batch_size", type=whole, default=1, metavar="N", help="outputs at a time (default: 1)")
     group.add_argument("--num_frames", type=whole, metavar="N", help="frames, for a video model")
     group.add_argument("--num_inference_steps", type=whole, metavar="N", help="denoising steps")
     group.add_argument("--guidance_scale", type=number, metavar="X")

@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from engine.errors import OutOfMemoryError, UsageError
+from engine.run.items import Call
 from engine.values import Request
 
+_COPIES = "num_images_per_prompt"
 
-def arguments(asked: Request, pipe: Any, prompt: str, seeds: Sequence[int]) -> Mapping[str, Any]:
+
+def arguments(asked: Request, pipe: Any, call: Call) -> Mapping[str, Any]:
     """Return the arguments of one call. Raises: UsageError, for those that the pipeline does not take."""
     import torch
 
+    known = inspect.signature(pipe.__call__).parameters
+    count = len(call.items)
+    takes_copies = _COPIES in known or any(p.kind is p.VAR_KEYWORD for p in known.values())
     wanted: dict[str, Any] = {
-        "prompt": prompt,
-        "num_images_per_prompt": asked.batch if asked.batch > 1 else None,
+        # Pipelines of videos set their own number of copies to 1: they are given the prompt as often as it is drawn.
+        "prompt": call.prompt if takes_copies or count == 1 else [call.prompt] * count,
+        _COPIES: count if takes_copies and count > 1 else None,
         "height": asked.height,
         "width": asked.width,
         "num_frames": asked.frames,
         "num_inference_steps": asked.steps,
         "guidance_scale": asked.guidance,
         # Made on the CPU, so that a seed means the same picture on every device.
-        "generator": [torch.Generator("cpu").manual_seed(s) for s in seeds],
+        "generator": [torch.Generator("cpu").manual_seed(s) for s in call.seeds],
         **asked.call,
     }
+    if call.negative_prompt is not None:
+        wanted["negative_prompt"] = call.negative_prompt
+    if isinstance(wanted["prompt"], list) and isinstance(wanted.get("negative_prompt"), str):
+        wanted["negative_prompt"] = [wanted["negative_prompt"]] * count
     given = {k: v for k, v in wanted.items() if v is not None}
-    known = inspect.signature(pipe.__call__).parameters
     unknown = [k for k in given if k not in known and not any(p.kind is p.VAR_KEYWORD for p in known.values())]
     if unknown:
         raise UsageError(
