@@ -26,6 +26,7 @@ from engine.values import (
     ProfileRef,
     Rejection,
     Request,
+    Rung,
     Step,
 )
 
@@ -63,6 +64,10 @@ class Plan:
     versions: Mapping[str, str | None]
     advice: tuple[Advice, ...] | None = None
     """The nearest changes that would allow more (`engine.advise`); None where nobody has looked."""
+    ladder: tuple[Rung, ...] | None = None
+    """What a run goes down to when its memory runs out (`engine.ladder`), in turn; None where nobody has looked."""
+    locked: bool = False
+    """Whether it came of a lock, and is run exactly as it is."""
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Return the plan as JSON, which `schema/plan.schema.json` describes."""
@@ -102,6 +107,19 @@ class Plan:
             return None
         meant = [g for g in self.hardware.gpus if (g.uuid, g.index) == (self.device.uuid, self.device.index)]
         return meant[0] if meant else None
+
+    @property
+    def acting(self) -> tuple[Step, ...]:
+        """The optimizers that do something here. A placement always counts: it says where the weights are."""
+        from engine import optimizers
+
+        idle = {n.optimizer for n in self.notes if n.kind == "no_effect"}
+        return tuple(s for s in self.optimizers if s.name not in idle or optimizers.spec(s.name).is_placement)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether exactly these optimizers are meant (a list of the user's own, or a lock): nothing else is tried."""
+        return self.locked or self.request.exact
 
     @property
     def torch_device(self) -> str:

@@ -116,6 +116,7 @@ LAYERS = [
     "engine.chart",
     "engine.api",
     "engine.advice",
+    "engine.rungs",
     "engine.drift",
     "engine.check",
     "engine.scenarios",
@@ -186,6 +187,7 @@ LAYERS = [
 UPWARD = {
     ("engine", "engine.api"): "the root's names are imported when they are asked for",
     ("engine", "engine.advice"): "the same",
+    ("engine", "engine.rungs"): "the same",
     ("engine", "engine.errors"): "the same",
     ("engine", "engine.plan"): "the same",
     ("engine", "engine.lock"): "the same",

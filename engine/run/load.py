@@ -21,6 +21,7 @@ from engine.run.progress import Progress, Quiet
 from engine.values import Rejection, Step
 
 _MOST_TOLD = 3
+_OF_MEMORY = ("estimate.", "remembered.")
 
 
 def load(plan: Plan, told: Progress | None = None, *, debug: bool = False) -> Any:
@@ -107,7 +108,7 @@ def _would_fit(plan: Plan) -> str:
 
 def nearest(rejections: Sequence[Rejection]) -> list[Rejection]:
     """Return the few that came nearest to fitting; those of a profile as a whole where nothing else is said."""
-    short = sorted((r for r in rejections if r.rule.startswith("estimate.")), key=lambda r: r.short_bytes or 0)
+    short = sorted((r for r in rejections if r.rule.startswith(_OF_MEMORY)), key=lambda r: r.short_bytes or 0)
     return list(short[:_MOST_TOLD] or rejections[: 2 * _MOST_TOLD])
 
 
