@@ -126,6 +126,7 @@ def _passed_over() -> Iterator[Note]:
 
 def again(made: Plan, request: Request, hardware: Hardware, told: Callable[[str], None] | None = None) -> Plan:
     """Return the plan for another request or machine than `made` is for, all else as it was. Raises: as `resolve`."""
+    request = _fitted(request)
     chain = () if request.profile is None else profiles.chain(request.profile)
     listed = made.optimizers if request.exact else None
     return _solved(model_of(request), request, hardware, listed, chain, (), told)
@@ -340,6 +341,14 @@ def _from_picture(
     taken = dict(zip(pictures.SIZE, size, strict=True))
     told = () if picture is None else (Note(kind="image", optimizer=None, because=pictures.told(picture, taken)),)
     return known, sizes, {**call, "image": FrozenDict(taken)}, told
+
+
+def _fitted(request: Request) -> Request:
+    """Return a request whose picture is of the size that is drawn, where it has to be."""
+    size = {"width": request.width, "height": request.height}
+    if "image" not in request.call or not from_picture.is_fitted(request.pipeline_class or "") or None in size.values():
+        return request
+    return dataclasses.replace(request, call=FrozenDict({**request.call, "image": FrozenDict(size)}))
 
 
 def _request(known: Model, is_exact: bool, asked: Mapping[str, Any], **checked: Any) -> Request:

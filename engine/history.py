@@ -193,19 +193,14 @@ def remember(uuid: str, run: Run) -> None:
 
     where = path(uuid)
     where.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(dataclasses.asdict(run), ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    line = json.dumps(dataclasses.asdict(run), ensure_ascii=False, separators=(",", ":")).encode()
     with FileLock(f"{where}.lock", timeout=_LOCK_S):  # a Timeout is an OSError
-        before = _tail(where)
-        lines = before.splitlines(keepends=True)
+        lines = _tail(where).splitlines(keepends=True)
         if len(lines) >= MOST_RUNS:
             kept = [each.rstrip(b"\n") + b"\n" for each in lines[1 - MOST_RUNS :]]
-            files.write(where, b"".join([*kept, line]))
+            files.write(where, b"".join([*kept, line + b"\n"]))
             return
-        with where.open("ab") as file:
-            # A line that was cut off stays a line of its own, and spoils no other.
-            file.write(line if not before or before.endswith(b"\n") else b"\n" + line)
-            file.flush()
-            os.fsync(file.fileno())
+        files.append_line(where, line)
 
 
 def read(uuid: str) -> tuple[Run, ...]:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from engine.lock import Lock
+    from engine.prompts import Prompt
+    from engine.run.media import Video
 
 SCHEMA = "dg-run/plan@1"
 
@@ -141,11 +143,26 @@ class Plan:
 
         return load.apply(self, pipe)
 
-    def run(self, prompts: str | Iterable[str], *, seed: int | None = None) -> Iterator[Image]:
-        """Load, and yield the pictures of each prompt in turn; each carries its seed and prompt in `.info`."""
+    def run(
+        self,
+        prompts: str | Prompt | Mapping[str, Any] | Iterable[str | Prompt | Mapping[str, Any]],
+        *,
+        seed: int | None = None,
+        num_images: int | None = None,
+        image: Any = None,
+    ) -> Iterator[Image | Video]:
+        """Load, and yield the pictures or videos of each prompt in turn; each carries its seed and prompt in `.info`.
+
+        A prompt is a text, or an object with `prompt` and, where they differ from the run's, `negative_prompt`, `seed`
+        and `num_images`: how many of it are made, by default as many as the plan's batch. `image`
+        is the picture to begin with, as a path or an image of PIL, where the plan was made with one: it keeps its size.
+
+        Raises: UsageError, ModelError, HardwareError, IncompatibleError, OutOfMemoryError, NothingFitsError; FileError,
+            for an image that is none.
+        """
         from engine.run import generate
 
-        return generate.run(self, [prompts] if isinstance(prompts, str) else list(prompts), seed=seed)
+        return generate.run(self, prompts, seed=seed, num_images=num_images, image=image)
 
 
 def digest(request: Request, profile: ProfileRef | None, steps: tuple[Step, ...]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import zlib
@@ -14,8 +15,9 @@ import pytest
 from PIL import Image
 
 import engine
-from engine import pictures
+from engine import api, cli, pictures
 from engine.errors import FileError, UsageError
+from engine.run import media
 from tests.conftest import card, machine
 
 pytestmark = pytest.mark.usefixtures("no_estimates")
@@ -58,7 +60,7 @@ def test_a_picture_without_a_file_is_known_by_its_pixels() -> None:
 def test_a_picture_is_turned_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    read = pictures.read(saved(tmp_path, halves(), "a.jpg", exif=exif, quality=95))
+    read = pictures.read(saved(tmp_path, halves(), "a.jpg", exif=exif))
     assert read.size == (20, 40)
     assert read.image.getpixel((10, 3))[0] > 150  # type: ignore[index]
     assert "upright" in read.changes[0]
@@ -68,7 +70,8 @@ def test_what_is_transparent_is_white(tmp_path: Path) -> None:
     clear = halves().convert("RGBA")
     clear.paste((0, 0, 0, 0), (0, 0, 20, 20))
     palette = Image.new("P", (4, 4), 0)
-    for image, more in ((clear, {}), (clear.convert("LA"), {}), (palette, {"transparency": 0})):
+    others: list[tuple[Image.Image, dict[str, Any]]] = [(clear.convert("LA"), {}), (palette, {"transparency": 0})]
+    for image, more in [(clear, {}), *others]:
         read = pictures.read(saved(tmp_path, image, **more))
         assert read.image.getpixel((1, 1)) == (255, 255, 255)
         assert read.changes == ("what is transparent in it is made white",)
@@ -247,3 +250,46 @@ def test_a_strength_that_leaves_no_step_is_refused() -> None:
 def test_a_model_that_draws_from_words_alone_is_refused() -> None:
     with pytest.raises(UsageError, match="PixArtSigmaPipeline does not begin with a picture"):
         engine.resolve("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", hardware=machine(card()), call={"image": halves()})
+
+
+def test_another_size_of_the_request_is_another_size_of_the_picture() -> None:
+    made = engine.resolve(hardware=machine(card()), call={"image": halves((128, 128))})
+    smaller = api.again(made, dataclasses.replace(made.request, height=64, width=96), made.hardware)
+    assert smaller.request.call["image"] == {"width": 96, "height": 64}
+
+
+# --- runs
+
+
+def test_a_run_is_refused_without_its_picture_and_with_one_too_many(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = saved(tmp_path, halves((64, 64)))
+    plan = engine.resolve(device="cpu", call={"image": path})
+    with pytest.raises(UsageError, match="begins with a picture, and there is none"):
+        plan.run("a red circle")
+    with pytest.raises(UsageError, match="the plan begins with none"):
+        engine.resolve(device="cpu").run("a red circle", image=path)
+    plan.lock(tmp_path / "lock.yaml")
+    locked = ["--plan", str(tmp_path / "lock.yaml"), "--prompt", "a red circle"]
+    assert cli.main(locked) == 2
+    assert "--image FILE" in capsys.readouterr().err
+    assert cli.main([*locked, "--image", str(tmp_path / "missing.png")]) == 8
+
+
+def test_a_picture_is_redrawn_and_its_record_tells_which(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = saved(tmp_path, Image.new("RGB", (64, 64), RED))
+    out = tmp_path / "out.png"
+    words = "a white circle on a blue background"
+    run = ["--auto", "--device", "cpu", "--num_inference_steps", "3", "--seed", "1", "--prompt", words]
+    assert cli.main([*run, "--image", str(start), "--strength", "1", "--output", str(out)]) == 0
+    said = media.read_record(out)
+    assert said["image"] == pictures.read(start).sha256
+    assert str(tmp_path) not in "".join(said.values())
+    before, drawn = (np.asarray(pictures.read(p).image).reshape(-1, 3).astype(float) for p in (start, out))
+    assert before[:, 2].mean() < 60 < 120 < drawn[:, 2].mean()
+    capsys.readouterr()
+    again = tmp_path / "again.png"
+    assert cli.main(["--like", str(out), "--image", str(start), "--output", str(again)]) == 0
+    assert "another picture" not in capsys.readouterr().err
+    assert pictures.read(pictures.read(again).image).sha256 == pictures.read(pictures.read(out).image).sha256
