@@ -180,17 +180,20 @@ class Plan:
         *,
         seed: int | None = None,
         num_images: int | None = None,
+        image: Any = None,
     ) -> Iterator[Image | Video]:
         """Load, and yield the pictures or videos of each prompt in turn; each carries its seed and prompt in `.info`.
 
         A prompt is a text, or an object with `prompt` and, where they differ from the run's, `negative_prompt`, `seed`
-        and `num_images`: how many of it are made, by default as many as the plan's batch.
+        and `num_images`: how many of it are made, by default as many as the plan's batch. `image`
+        is the picture to begin with, as a path or an image of PIL, where the plan was made with one: it keeps its size.
 
-        Raises: UsageError, ModelError, HardwareError, IncompatibleError, OutOfMemoryError, NothingFitsError.
+        Raises: UsageError, ModelError, HardwareError, IncompatibleError, OutOfMemoryError, NothingFitsError; FileError,
+            for an image that is none.
         """
         from engine.run import generate
 
-        return generate.run(self, prompts, seed=seed, num_images=num_images)
+        return generate.run(self, prompts, seed=seed, num_images=num_images, image=image)
 
 
 def digest(request: Request, profile: ProfileRef | None, steps: tuple[Step, ...]) -> str:

@@ -37,6 +37,7 @@ class Journal:
                 "prompt": item.prompt,
                 "negative_prompt": item.negative_prompt,
                 "seed": item.seed,
+                "image": item.image,
                 "model": plan.request.model,
                 "revision": plan.request.revision,
                 "plan_digest": plan.digest,

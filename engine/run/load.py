@@ -10,7 +10,7 @@ from typing import Any
 
 from engine import facts, optimizers
 from engine.errors import DgRunError, IncompatibleError, ModelError, NothingFitsError, OutOfMemoryError
-from engine.facts import integrity
+from engine.facts import classes, integrity
 from engine.facts.model import Model
 from engine.optimizers import placing, staged_encoding
 from engine.optimizers.spec import Context, NotApplied, modules, on
@@ -55,7 +55,8 @@ class Source:
 
     def pipeline(self, given: Mapping[str, Any] | None = None) -> Any:
         """Return the pipeline, loaded but for the components that are given."""
-        return _from_pretrained(self.plan, self.where, given or {})
+        own = self.plan.request.pipeline_class in (None, self.model.pipeline_class)
+        return _from_pretrained(self.plan, self.where, given or {}, None if own else self.plan.request.pipeline_class)
 
     def parts(self) -> Parts:
         """Return how it is loaded in parts. Raises: ModelError, when its classes do not take their configurations."""
@@ -134,10 +135,11 @@ def idle(plan: Plan) -> frozenset[str]:
     return frozenset(n.optimizer for n in plan.notes if n.kind == "no_effect" and n.optimizer is not None)
 
 
-def _from_pretrained(plan: Plan, where: str, given: Mapping[str, Any]) -> Any:
+def _from_pretrained(plan: Plan, where: str, given: Mapping[str, Any], other_class: str | None) -> Any:
+    """Return the pipeline of a folder or a name; `other_class` makes it of the same components. Raises: ModelError."""
     import torch
-    from diffusers import DiffusionPipeline
 
+    made_by = _class(other_class or "DiffusionPipeline")
     here = context(plan)
     arguments: dict[str, Any] = {}
     for step in plan.optimizers:
@@ -146,7 +148,7 @@ def _from_pretrained(plan: Plan, where: str, given: Mapping[str, Any]) -> Any:
         arguments["revision"] = plan.request.revision
     arguments |= dict(given) | dict(plan.request.components)  # None: not loaded
     try:
-        return DiffusionPipeline.from_pretrained(where, use_safetensors=True, trust_remote_code=False, **arguments)
+        return made_by.from_pretrained(where, use_safetensors=True, trust_remote_code=False, **arguments)
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError("the device ran out of memory while loading", str(error).splitlines()[0]) from error
     except (OSError, ValueError, AttributeError, ImportError, RuntimeError, KeyError, TypeError) as error:
@@ -156,6 +158,17 @@ def _from_pretrained(plan: Plan, where: str, given: Mapping[str, Any]) -> Any:
             " ".join(str(error).split())[:400] or type(error).__name__,
             "check the directory or download it again; --debug shows the libraries' own words",
         ) from error
+
+
+def _class(name: str) -> Any:
+    import diffusers
+
+    found = getattr(diffusers, name, None) if classes.is_public_class(name) else None
+    if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
+        raise ModelError(
+            f"diffusers has no pipeline {name}", f"installed is {diffusers.__version__}", "update diffusers"
+        )
+    return found
 
 
 def made(

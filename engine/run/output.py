@@ -40,6 +40,7 @@ def record(plan: Plan, item: Item) -> dict[str, str]:
         "prompt": item.prompt,
         "negative_prompt": item.negative_prompt,
         "seed": item.seed,
+        "image": item.image,
         "model": plan.request.model,
         "plan_digest": plan.digest,
         "item": items.identity(plan.request, item),

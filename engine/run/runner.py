@@ -172,6 +172,8 @@ def _called(plan: Plan, pipe: Any, call: Call, told: Progress, before: Before | 
         output.info.update(said)
         if item.negative_prompt is not None:
             output.info["negative_prompt"] = item.negative_prompt
+        if item.image is not None:
+            output.info["image"] = item.image
     return Made(plan=plan, call=call, outputs=outputs, peak_bytes=peak_bytes, seconds=seconds)
 
 
