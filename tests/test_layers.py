@@ -144,6 +144,7 @@ LAYERS = [
     "engine.dryrun.worker",
     "engine.run",
     "engine.run.progress",
+    "engine.run.download",
     "engine.run.interrupt",
     "engine.run.accelerator",
     "engine.run.device",

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from engine import facts, optimizers
+from engine import optimizers
 from engine.errors import DgRunError, IncompatibleError, ModelError, NothingFitsError, OutOfMemoryError
 from engine.facts import classes, integrity
 from engine.facts.model import Model
 from engine.optimizers import placing, staged_encoding
 from engine.optimizers.spec import Context, NotApplied, modules, on
 from engine.plan import Plan
-from engine.run import applied, callers, device, interrupt, lock, parts, progress
+from engine.run import applied, callers, device, download, interrupt, lock, parts, progress
+from engine.run.download import Local
 from engine.run.parts import Parts
 from engine.run.progress import Progress, Quiet
 from engine.values import Rejection, Step
@@ -49,14 +50,17 @@ class Source:
     """Where a plan's pipeline is loaded from."""
 
     plan: Plan
-    model: Model
-    where: str
-    """A folder, or a name on the hub."""
+    files: Local
+
+    @property
+    def model(self) -> Model:
+        """What is known of the model, from its files."""
+        return self.files.model
 
     def pipeline(self, given: Mapping[str, Any] | None = None) -> Any:
         """Return the pipeline, loaded but for the components that are given."""
         own = self.plan.request.pipeline_class in (None, self.model.pipeline_class)
-        return _from_pretrained(self.plan, self.where, given or {}, None if own else self.plan.request.pipeline_class)
+        return _from_pretrained(self.plan, self.files, given or {}, None if own else self.plan.request.pipeline_class)
 
     def parts(self) -> Parts:
         """Return how it is loaded in parts. Raises: ModelError, when its classes do not take their configurations."""
@@ -66,19 +70,26 @@ class Source:
 
 @contextlib.contextmanager
 def opened(plan: Plan, told: Progress, *, debug: bool = False) -> Iterator[Source]:
-    """Start the libraries on the plan's card, and hold its lock while it is loaded.
+    """Fetch the model where it is not here, start the libraries on the plan's card, and hold its lock while it loads.
 
-    Raises: ModelError, HardwareError.
+    Raises: ModelError, HardwareError, FileError.
     """
-    model = facts.find(plan.request.model, plan.request.revision)
-    integrity.check(model)
-    where = str(model.path) if model.source in ("embedded", "directory") else model.id
+    files = fetched(plan, told)
     with lock.held(plan.card, told.say):
         with told.stage("starting torch and diffusers"), interrupt.held_back():
             _before_start(plan)
             device.choose(plan)
             progress.settle_libraries(told, debug=debug)
-        yield Source(plan, model, where)
+        yield Source(plan, files)
+
+
+def fetched(plan: Plan, told: Progress | None = None) -> Local:
+    """Return the plan's model, all of whose files are on this machine afterwards. Nothing is asked where they are.
+
+    A download takes as long as it takes: who holds a card's lock, or is about to, calls this before.
+    Raises: ModelError, FileError.
+    """
+    return download.local(plan.request, context(plan).dtype, told or Quiet())
 
 
 def _before_start(plan: Plan) -> None:
@@ -135,24 +146,32 @@ def idle(plan: Plan) -> frozenset[str]:
     return frozenset(n.optimizer for n in plan.notes if n.kind == "no_effect" and n.optimizer is not None)
 
 
-def _from_pretrained(plan: Plan, where: str, given: Mapping[str, Any], other_class: str | None) -> Any:
-    """Return the pipeline of a folder or a name; `other_class` makes it of the same components. Raises: ModelError."""
+def _from_pretrained(plan: Plan, files: Local, given: Mapping[str, Any], other_class: str | None) -> Any:
+    """Return the pipeline of a folder; `other_class` makes it of the same components. Raises: ModelError."""
     import torch
+    from safetensors import SafetensorError
 
     made_by = _class(other_class or "DiffusionPipeline")
     here = context(plan)
     arguments: dict[str, Any] = {}
     for step in plan.optimizers:
         arguments |= optimizers.get(step.name).load_arguments(step, here)
-    if plan.request.revision is not None and where == plan.request.model:
-        arguments["revision"] = plan.request.revision
+    if files.variant is not None:
+        arguments["variant"] = files.variant
     arguments |= dict(given) | dict(plan.request.components)  # None: not loaded
     try:
-        return made_by.from_pretrained(where, use_safetensors=True, trust_remote_code=False, **arguments)
+        return made_by.from_pretrained(
+            files.folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, **arguments
+        )
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError("the device ran out of memory while loading", str(error).splitlines()[0]) from error
-    except (OSError, ValueError, AttributeError, ImportError, RuntimeError, KeyError, TypeError) as error:
+    except (
+        *(OSError, ValueError, AttributeError, ImportError, RuntimeError, KeyError, TypeError),
+        SafetensorError,
+    ) as error:
         # What the libraries raise on a damaged or foreign model is not one class; all of it is the model's fault.
+        # A file that went or was cut off since it was looked at is named.
+        integrity.check(files.model, plan.request.components, files.variant)
         raise ModelError(
             f"the model {plan.request.model} cannot be loaded",
             " ".join(str(error).split())[:400] or type(error).__name__,
