@@ -150,6 +150,7 @@ def test_kernels_of_a_card_have_no_effect_without_one(pipe: Any) -> None:
         assert [n.optimizer for n in made.notes if n.kind == "no_effect"] == ["attention_backend"]
         load.apply(made, pipe)
         assert not any(hasattr(p, "_dg_run_attention_backend") for p in pipe.transformer.attn_processors.values())
+        made.undo(pipe)
 
 
 @pytest.mark.rule("flash-attention-is-of-half-precision")

@@ -16,6 +16,7 @@ from engine import versions
 from engine.errors import IncompatibleError
 from engine.optimizers.spec import Context, NotApplied, Param, Pipeline, Spec, denoisers, nothing_to_load
 from engine.values import Step
+from engine.words import listing
 
 SPEC = Spec(
     name="attention_backend",
@@ -104,6 +105,14 @@ def verify(pipe: Pipeline, step: Step, context: Context) -> str:
     if not told:
         raise NotApplied(SPEC.name, "no attention of what denoises asks for a backend")
     return "; ".join(told)
+
+
+def seen(pipe: Pipeline, context: Context) -> str | None:
+    told = []
+    for name, processors in _processors(pipe).items():
+        named = {str(getattr(b, "value", b)) for p in processors if (b := getattr(p, _ASKED)) is not None}
+        told += [f"attentions of {name} ask for {listing(sorted(named))}"] if named else []
+    return "; ".join(told) or None
 
 
 def undo(pipe: Pipeline, step: Step, context: Context) -> None:
