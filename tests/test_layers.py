@@ -158,6 +158,8 @@ LAYERS = [
     "engine.run.load",
     "engine.run.staged",
     "engine.run.remember",
+    "engine.run.world",
+    "engine.run.fallback",
     "engine.run.media",
     "engine.run.reading",
     "engine.run.runner",

@@ -41,8 +41,12 @@ class Estimator:
         *,
         calibration: Calibration | None = None,
         runs: Sequence[history.Run] = (),
+        may_run: bool = True,
     ) -> None:
-        """`calibration` is what was measured of the card, `runs` are those it made under the same circumstances."""
+        """`calibration` is what was measured of the card, `runs` are those it made under the same circumstances.
+
+        Without `may_run`, what needs a dry run that was not made yet raises `store.NotTraced`.
+        """
         self.model = model
         self.request = request
         self.gpu = gpu
@@ -52,6 +56,7 @@ class Estimator:
         self._measured_by = None if calibration is None else calibration.digest
         self._ranges = history.ranges(runs)
         self._told = told
+        self._may_run = may_run
         self._keys: dict[tuple[str, ...], str] = {}
         self._answers: dict[str, store.Answers] = {}
         self._stored = {n: c.stored_dtype for n, c in model.components.items()}
@@ -299,7 +304,9 @@ class Estimator:
 
     def _trace(self, dtype: str, changes: tuple[Step, ...], along: str) -> Trace | None:
         is_plain = self.request.exact and not along
-        found = store.find(self.model, self.request, dtype, changes, self._told, is_plain=is_plain)
+        found = store.find(
+            self.model, self.request, dtype, changes, self._told, is_plain=is_plain, may_run=self._may_run
+        )
         if found is None:
             self.because = "torch, diffusers and transformers are needed for a dry run, and not all are installed"
         return found
