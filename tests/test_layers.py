@@ -153,6 +153,7 @@ LAYERS = [
     "engine.run.staged",
     "engine.run.remember",
     "engine.run.media",
+    "engine.run.overflow",
     "engine.run.reading",
     "engine.run.runner",
     "engine.run.generate",
