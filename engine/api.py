@@ -124,17 +124,29 @@ def _passed_over() -> Iterator[Note]:
         yield Note(kind="broken_profile", optimizer=None, because=because)
 
 
-def again(made: Plan, request: Request, hardware: Hardware, told: Callable[[str], None] | None = None) -> Plan:
-    """Return the plan for another request or machine than `made` is for, all else as it was. Raises: as `resolve`."""
+def again(
+    made: Plan,
+    request: Request,
+    hardware: Hardware,
+    told: Callable[[str], None] | None = None,
+    *,
+    below_bytes: int | None = None,
+) -> Plan:
+    """Return the plan for another request or machine than `made` is for, all else as it was. Raises: as `resolve`.
+
+    `below_bytes`: only what needs less than that of the card, up to the upper end of its interval, is chosen.
+    """
     request = _fitted(request)
     chain = () if request.profile is None else profiles.chain(request.profile)
     listed = made.optimizers if request.exact else None
-    return _solved(model_of(request), request, hardware, listed, chain, (), told)
+    return _solved(model_of(request), request, hardware, listed, chain, (), told, below_bytes)
 
 
 def least_free_vram(made: Plan) -> int:
-    """Return the free VRAM from which on a plan's profile may be used at all."""
-    return 0 if made.profile is None else _profile_of(made.profile).match.free_vram_at_least_bytes or 0
+    """Return the free VRAM from which on a plan may be chosen at all: by its profile, and by what ran out of memory."""
+    asked = 0 if made.profile is None else _profile_of(made.profile).match.free_vram_at_least_bytes or 0
+    lost = history.ran_out(made.card, made.hardware.driver, made.request).get(history.text_of(made.acting))
+    return max(asked, 0 if lost is None else lost.room_bytes + 1 + (made.headroom_bytes or 0))
 
 
 def could_stay(made: Plan, told: Callable[[str], None] | None = None) -> bool:
@@ -161,8 +173,9 @@ def _solved(
     chain: Sequence[Profile],
     notes: Sequence[Note],
     told: Callable[[str], None] | None,
+    below_bytes: int | None = None,
 ) -> Plan:
-    tried = [_Case(request, known, card, seen, told) for card in cards.candidates(request, seen)]
+    tried = [_Case(request, known, card, seen, told, below_bytes) for card in cards.candidates(request, seen)]
     for case in tried:
         case.decide(listed, chain)
     taken = tried[solve.better([c.decision for c in tried])]
@@ -173,9 +186,15 @@ class _Case:
     """A request on one of the cards that are here (None: on none), and what is decided for it."""
 
     def __init__(
-        self, request: Request, known: Model, card: Gpu | None, seen: Hardware, told: Callable[[str], None] | None
+        self,
+        request: Request,
+        known: Model,
+        card: Gpu | None,
+        seen: Hardware,
+        told: Callable[[str], None] | None,
+        below_bytes: int | None = None,
     ) -> None:
-        self.request, self.known, self.card, self.seen = request, known, card, seen
+        self.request, self.known, self.card, self.seen, self.below_bytes = request, known, card, seen, below_bytes
         self.headroom_bytes = None if card is None else cards.headroom_bytes(request, card)
         self.budget_bytes = None
         if card is not None and card.free_bytes is not None and self.headroom_bytes is not None:
@@ -197,6 +216,8 @@ class _Case:
             timed=self.estimates.timed,
             sizes=self.estimates.sizes,
             budget_bytes=self.budget_bytes,
+            below_bytes=self.below_bytes,
+            ran_out=history.ran_out(self.card, self.seen.driver, self.request),
             host_budget_bytes=None if self.card is None else self.seen.host.ram_bytes,
             gpus=len(self.seen.gpus),
             platform=self.seen.host.platform,

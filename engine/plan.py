@@ -26,6 +26,7 @@ from engine.values import (
     ProfileRef,
     Rejection,
     Request,
+    Rung,
     Step,
 )
 
@@ -63,6 +64,10 @@ class Plan:
     versions: Mapping[str, str | None]
     advice: tuple[Advice, ...] | None = None
     """The nearest changes that would allow more (`engine.advise`); None where nobody has looked."""
+    ladder: tuple[Rung, ...] | None = None
+    """What a run goes down to when its memory runs out (`engine.ladder`), in turn; None where nobody has looked."""
+    locked: bool = False
+    """Whether it came of a lock, and is run exactly as it is."""
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Return the plan as JSON, which `schema/plan.schema.json` describes."""
@@ -104,6 +109,19 @@ class Plan:
         return meant[0] if meant else None
 
     @property
+    def acting(self) -> tuple[Step, ...]:
+        """The optimizers that do something here. A placement always counts: it says where the weights are."""
+        from engine import optimizers
+
+        idle = {n.optimizer for n in self.notes if n.kind == "no_effect"}
+        return tuple(s for s in self.optimizers if s.name not in idle or optimizers.spec(s.name).is_placement)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether exactly these optimizers are meant (a list of the user's own, or a lock): nothing else is tried."""
+        return self.locked or self.request.exact
+
+    @property
     def torch_device(self) -> str:
         """The torch device the plan runs on: "cuda" or "cpu"."""
         return "cpu" if self.device is None else "cuda"
@@ -123,7 +141,7 @@ class Plan:
 
         return lockfile.write(self, path)
 
-    # The three doors to the torch edge. Everything else about a plan is plain data.
+    # The four doors to the torch edge. Everything else about a plan is plain data.
 
     def load(self) -> Any:
         """Return the model's pipeline, loaded as planned, with every optimizer applied and verified.
@@ -137,11 +155,24 @@ class Plan:
     def apply(self, pipe: Any) -> Any:
         """Return `pipe`, a pipeline that the caller has loaded, with every optimizer applied and verified.
 
-        Raises: IncompatibleError, when a step that acts while loading is not already true of it.
+        Where this was done before it is only verified again.
+
+        Raises: IncompatibleError, when a step that acts while loading is not already true of it, its components are
+            others than were planned, or something was done to it that the plan does not say.
         """
         from engine.run import load
 
         return load.apply(self, pipe)
+
+    def undo(self, pipe: Any) -> None:
+        """Take back what `load` or `apply` of this plan did to `pipe`, the last step first.
+
+        Raises: IncompatibleError, when it was not applied to `pipe`; and, before anything is touched, when a step
+            cannot be taken back (`layerwise_casting`, `group_offload`).
+        """
+        from engine.run import load
+
+        load.undo(self, pipe)
 
     def run(
         self,

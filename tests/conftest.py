@@ -10,12 +10,12 @@ from typing import Any
 # Small tensors gain nothing by more threads, and workers side by side would wait for each other's.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
+import pytest
+from hypothesis import HealthCheck, settings
 
-from engine import probe  # noqa: E402
-from engine.estimate import store  # noqa: E402
-from engine.values import Gpu, Hardware, Host  # noqa: E402
+from engine import probe
+from engine.estimate import store
+from engine.values import Gpu, Hardware, Host
 
 # How long an example takes is no property of the code: machines that test are busy.
 _CHECKS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
