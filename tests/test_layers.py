@@ -33,6 +33,7 @@ LAYERS = [
     "engine.facts.tiling",
     "engine.facts.casting",
     "engine.facts.from_picture",
+    "engine.facts.video",
     "engine.facts.model",
     "engine.facts.classes",
     "engine.facts.bounds",

@@ -181,6 +181,7 @@ def _called(plan: Plan, pipe: Any, call: Call, told: Progress, before: Before | 
             output.info["negative_prompt"] = item.negative_prompt
         if item.image is not None:
             output.info["image"] = item.image
+    _tell_missing(plan, outputs, told)
     broken = seen.broken(len(outputs))
     fault = None
     if any(broken):
@@ -196,6 +197,16 @@ def _called(plan: Plan, pipe: Any, call: Call, told: Progress, before: Before | 
         broken=broken if fault is not None else (),
         fault=fault,
     )
+
+
+def _tell_missing(plan: Plan, outputs: Sequence[Image | Video], told: Progress) -> None:
+    """Say what of the videos that were asked for is not written."""
+    videos = [o for o in outputs if isinstance(o, media.Video)]
+    for made in videos[:1]:
+        if plan.request.frames not in (None, len(made)):
+            told.say(f"note: the pipeline made {len(made)} frames of the {plan.request.frames} that were asked for")
+        for part in made.left_out:
+            told.say(f"note: the pipeline gave {part}, too, which is not written")
 
 
 def _larger(one: int | None, other: int | None) -> int | None:
