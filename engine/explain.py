@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from engine import optimizers
 from engine.plan import Plan
 from engine.units import format_size
 from engine.values import Note, Rejection, Step
+from engine.words import listing
 
 _MOST_LINES = 14
 _OF_A_STEP = {"no_effect": "no effect", "degrades": "at a price", "required": "added", "undecided": "open"}
@@ -29,6 +31,8 @@ def plan_text(plan: Plan) -> str:
     rows += [("note", f"{n.optimizer}: {n.because}" if n.optimizer else n.because) for n in _other_notes(plan)]
     if plan.fits is not False or plan.estimate.required_bytes is not None:
         rows += _estimate(plan)
+    if plan.ladder:
+        rows.append(("fallback", _ladder(plan)))
     if plan.rejected:
         rows.append(("rejected" if plan.fits is False else "not taken", _rejected(plan.rejected)))
     if plan.advice:
@@ -140,7 +144,8 @@ def _row(label: str, text: str) -> str:
 
 def _model(plan: Plan) -> str:
     name = "the embedded model" if plan.request.model == "embedded" else plan.request.model
-    return f"{name} ({plan.request.pipeline_class})"
+    loras = [f"{Path(lora.path).name} at {lora.weight:g}" for lora in plan.request.loras]
+    return f"{name} ({plan.request.pipeline_class})" + (f"\nwith the LoRA {listing(loras)}" if loras else "")
 
 
 def picture(plan: Plan) -> str:
@@ -226,8 +231,21 @@ def _named(run: str, several: Sequence[Rejection]) -> str:
     return f"{run} ({names})" if run else names
 
 
+def _ladder(plan: Plan) -> str:
+    """Return what the run goes down to when its memory runs out, a line a rung."""
+    lines = []
+    for begin, rung in zip(("if memory runs out: ", "after that: "), plan.ladder or (), strict=False):
+        name = "" if rung.profile is None else f" ({rung.profile.name})"
+        needs = "" if rung.required_bytes is None else f", {format_size(rung.required_bytes)} needed"
+        takes = "" if rung.seconds is None else f", about {_seconds(rung.seconds)}"
+        lines.append(f"{begin}{_run(rung.optimizers)}{name}{needs}{takes}")
+    return "\n".join(lines)
+
+
 def _order(rejection: Rejection) -> tuple[int, float]:
-    """Return where a rejection stands: what fits and costs more, what is short of memory, what a rule forbids."""
+    """Return where a rejection stands: what was lost before, what costs more, what is short, what a rule forbids."""
+    if rejection.rule.startswith("remembered."):
+        return -1, 0
     if rejection.rule in ("preferred", "quality"):
         return 0, rejection.seconds or 0.0
     if rejection.rule.startswith("estimate."):
