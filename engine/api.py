@@ -11,6 +11,8 @@ from engine.arguments import StepLike
 from engine.errors import HardwareError, ModelError, NothingFitsError, UsageError
 from engine.estimate.estimator import Estimator
 from engine.facts import from_picture
+from engine.facts.loras import LoraLike
+from engine.facts.loras import read as read_loras
 from engine.facts.model import Component, Model
 from engine.plan import Plan
 from engine.units import format_size
@@ -38,6 +40,7 @@ def resolve(
     guidance: float | None = None,
     call: Mapping[str, Any] | None = None,
     components: Mapping[str, None] | None = None,
+    loras: Iterable[LoraLike] = (),
     pipeline_class: str | None = None,
     vram: int | str | None = None,
     host_ram: int | str | None = None,
@@ -60,8 +63,10 @@ def resolve(
     `host_ram` and `headroom` are bytes or text such as "12GiB". With `optimizers` the list is exact, else a profile is
     chosen (`profile` names the only one allowed). `components` names parts that are not loaded
     (`{"text_encoder_2": None}`: what it would give is handed in), `pipeline_class` another class of diffusers for the
-    same components. `device="cpu"` leaves a card alone; `hardware` replaces the probe. `told` is given a line before
-    something that takes seconds: the first dry run of a model at a size.
+    same components. `loras` are fused into the weights while they are loaded: "PATH", "PATH:weight" or (path, weight),
+    of a file in safetensors, a folder with one, or OWNER/MODEL on the hub. `device="cpu"` leaves a card alone;
+    `hardware` replaces the probe. `told` is given a line before something that takes seconds: the first dry run of a
+    model at a size.
 
     `image` in the call is a picture to begin with: the path of a file, an image of PIL, or only its `width` and
     `height` in pixels. The pipeline is then the one that begins with a picture, and the size is the picture's where
@@ -90,6 +95,7 @@ def resolve(
         batch=arguments.count("batch", batch, arguments.MAX_BATCH) or 1,
         call=FrozenDict(arguments.plain("call", {**known.defaults.call, **(call or {})})),
         components=FrozenDict(components or {}),
+        loras=read_loras(loras, known),
         device=arguments.choice("device", device, arguments.DEVICES),
         gpu=None if gpu is None else str(gpu),
         vram_bytes=arguments.size("vram", vram),

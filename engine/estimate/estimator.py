@@ -59,7 +59,9 @@ class Estimator:
         self._may_run = may_run
         self._keys: dict[tuple[str, ...], str] = {}
         self._answers: dict[str, store.Answers] = {}
-        self._stored = {n: c.stored_dtype for n, c in model.components.items()}
+        # What a LoRA is fused into is no page of its file any more.
+        changed = {n for lora in request.loras for n in lora.components}
+        self._stored = {n: None if n in changed else c.stored_dtype for n, c in model.components.items()}
         self._card = None if gpu is None else store.card_key(gpu, request, self._stored, self._measured_by)
         self._speed: dict[bool, Speeds | None] = {}
         self._ways: dict[tuple[str, str], Trace] = {}
