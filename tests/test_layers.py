@@ -59,6 +59,7 @@ LAYERS = [
     "engine.optimizers.dtype",
     "engine.optimizers.fuse_qkv",
     "engine.optimizers.attention_slicing",
+    "engine.optimizers.attention_backend",
     "engine.optimizers.layerwise_casting",
     "engine.optimizers.vae_slicing",
     "engine.optimizers.vae_tiling",

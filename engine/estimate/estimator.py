@@ -14,7 +14,7 @@ from engine.estimate import store
 from engine.estimate.between import between, within
 from engine.estimate.ways import QUADRATIC, way
 from engine.facts.model import Model
-from engine.optimizers import placing
+from engine.optimizers import attention_backend, placing
 from engine.values import Estimate, Gpu, Request, Step
 
 if TYPE_CHECKING:
@@ -296,6 +296,18 @@ class Estimator:
             return "a pipeline object is taken as it is; plan by its model's name or directory"
         if any(s.name == "xdit" for s in steps):
             return "xdit runs on several cards, and estimates are of one"
+        return self._unknown_attention(steps)
+
+    def _unknown_attention(self, steps: Sequence[Step]) -> str | None:
+        """Return whose kernel of attention was never looked into on this card, or None."""
+        from engine.estimate import workspaces
+
+        named = {s.params["backend"] for s in steps if s.name == "attention_backend"}
+        if others := sorted(named & set(attention_backend.PACKAGES)):
+            return f"what the kernels of {', '.join(others)} hold is not known"
+        capability = None if self.gpu is None else self.gpu.compute_capability
+        if "_native_cudnn" in named and (capability is None or not workspaces.cudnn_attends(capability)):
+            return "what cuDNN's attention holds is known of compute capability 9.0 and 10.0 only"
         return None
 
     def _key(self, dtype: str, changes: tuple[Step, ...]) -> str:
