@@ -218,7 +218,9 @@ def _planned(locked: Lock, known: Model, seen: Hardware, card: Gpu | None, told:
         told=told,
     )
     own = plan.digest(asked, locked.reference, steps)
-    return dataclasses.replace(found, request=asked, profile=locked.reference, optimizers=steps, digest=own)
+    return dataclasses.replace(
+        found, request=asked, profile=locked.reference, optimizers=steps, digest=own, locked=True
+    )
 
 
 def asked_for(locked: Lock, known: Model) -> dict[str, Any]:

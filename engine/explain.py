@@ -29,6 +29,8 @@ def plan_text(plan: Plan) -> str:
     rows += [("note", f"{n.optimizer}: {n.because}" if n.optimizer else n.because) for n in _other_notes(plan)]
     if plan.fits is not False or plan.estimate.required_bytes is not None:
         rows += _estimate(plan)
+    if plan.ladder:
+        rows.append(("fallback", _ladder(plan)))
     if plan.rejected:
         rows.append(("rejected" if plan.fits is False else "not taken", _rejected(plan.rejected)))
     if plan.advice:
@@ -226,8 +228,21 @@ def _named(run: str, several: Sequence[Rejection]) -> str:
     return f"{run} ({names})" if run else names
 
 
+def _ladder(plan: Plan) -> str:
+    """Return what the run goes down to when its memory runs out, a line a rung."""
+    lines = []
+    for begin, rung in zip(("if memory runs out: ", "after that: "), plan.ladder or (), strict=False):
+        name = "" if rung.profile is None else f" ({rung.profile.name})"
+        needs = "" if rung.required_bytes is None else f", {format_size(rung.required_bytes)} needed"
+        takes = "" if rung.seconds is None else f", about {_seconds(rung.seconds)}"
+        lines.append(f"{begin}{_run(rung.optimizers)}{name}{needs}{takes}")
+    return "\n".join(lines)
+
+
 def _order(rejection: Rejection) -> tuple[int, float]:
-    """Return where a rejection stands: what fits and costs more, what is short of memory, what a rule forbids."""
+    """Return where a rejection stands: what was lost before, what costs more, what is short, what a rule forbids."""
+    if rejection.rule.startswith("remembered."):
+        return -1, 0
     if rejection.rule in ("preferred", "quality"):
         return 0, rejection.seconds or 0.0
     if rejection.rule.startswith("estimate."):

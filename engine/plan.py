@@ -26,6 +26,7 @@ from engine.values import (
     ProfileRef,
     Rejection,
     Request,
+    Rung,
     Step,
 )
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from engine.lock import Lock
+    from engine.prompts import Prompt
+    from engine.run.media import Video
 
 SCHEMA = "dg-run/plan@1"
 
@@ -61,6 +64,10 @@ class Plan:
     versions: Mapping[str, str | None]
     advice: tuple[Advice, ...] | None = None
     """The nearest changes that would allow more (`engine.advise`); None where nobody has looked."""
+    ladder: tuple[Rung, ...] | None = None
+    """What a run goes down to when its memory runs out (`engine.ladder`), in turn; None where nobody has looked."""
+    locked: bool = False
+    """Whether it came of a lock, and is run exactly as it is."""
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Return the plan as JSON, which `schema/plan.schema.json` describes."""
@@ -102,6 +109,19 @@ class Plan:
         return meant[0] if meant else None
 
     @property
+    def acting(self) -> tuple[Step, ...]:
+        """The optimizers that do something here. A placement always counts: it says where the weights are."""
+        from engine import optimizers
+
+        idle = {n.optimizer for n in self.notes if n.kind == "no_effect"}
+        return tuple(s for s in self.optimizers if s.name not in idle or optimizers.spec(s.name).is_placement)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether exactly these optimizers are meant (a list of the user's own, or a lock): nothing else is tried."""
+        return self.locked or self.request.exact
+
+    @property
     def torch_device(self) -> str:
         """The torch device the plan runs on: "cuda" or "cpu"."""
         return "cpu" if self.device is None else "cuda"
@@ -121,7 +141,7 @@ class Plan:
 
         return lockfile.write(self, path)
 
-    # The three doors to the torch edge. Everything else about a plan is plain data.
+    # The four doors to the torch edge. Everything else about a plan is plain data.
 
     def load(self) -> Any:
         """Return the model's pipeline, loaded as planned, with every optimizer applied and verified.
@@ -135,17 +155,45 @@ class Plan:
     def apply(self, pipe: Any) -> Any:
         """Return `pipe`, a pipeline that the caller has loaded, with every optimizer applied and verified.
 
-        Raises: IncompatibleError, when a step that acts while loading is not already true of it.
+        Where this was done before it is only verified again.
+
+        Raises: IncompatibleError, when a step that acts while loading is not already true of it, its components are
+            others than were planned, or something was done to it that the plan does not say.
         """
         from engine.run import load
 
         return load.apply(self, pipe)
 
-    def run(self, prompts: str | Iterable[str], *, seed: int | None = None) -> Iterator[Image]:
-        """Load, and yield the pictures of each prompt in turn; each carries its seed and prompt in `.info`."""
+    def undo(self, pipe: Any) -> None:
+        """Take back what `load` or `apply` of this plan did to `pipe`, the last step first.
+
+        Raises: IncompatibleError, when it was not applied to `pipe`; and, before anything is touched, when a step
+            cannot be taken back (`layerwise_casting`, `group_offload`).
+        """
+        from engine.run import load
+
+        load.undo(self, pipe)
+
+    def run(
+        self,
+        prompts: str | Prompt | Mapping[str, Any] | Iterable[str | Prompt | Mapping[str, Any]],
+        *,
+        seed: int | None = None,
+        num_images: int | None = None,
+        image: Any = None,
+    ) -> Iterator[Image | Video]:
+        """Load, and yield the pictures or videos of each prompt in turn; each carries its seed and prompt in `.info`.
+
+        A prompt is a text, or an object with `prompt` and, where they differ from the run's, `negative_prompt`, `seed`
+        and `num_images`: how many of it are made, by default as many as the plan's batch. `image`
+        is the picture to begin with, as a path or an image of PIL, where the plan was made with one: it keeps its size.
+
+        Raises: UsageError, ModelError, HardwareError, IncompatibleError, OutOfMemoryError, NothingFitsError; FileError,
+            for an image that is none.
+        """
         from engine.run import generate
 
-        return generate.run(self, [prompts] if isinstance(prompts, str) else list(prompts), seed=seed)
+        return generate.run(self, prompts, seed=seed, num_images=num_images, image=image)
 
 
 def digest(request: Request, profile: ProfileRef | None, steps: tuple[Step, ...]) -> str:

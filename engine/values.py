@@ -339,6 +339,18 @@ class Advice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rung:
+    """What a run goes down to when its memory runs out: solved for, on the same card, and needing less of it."""
+
+    profile: ProfileRef | None
+    optimizers: tuple[Step, ...]
+    required_bytes: int | None
+    seconds: float | None
+    quality: str | None
+    fits: bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Note:
     """Something a person should know before the run, about one optimizer (or None for the plan as a whole)."""
 

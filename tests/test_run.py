@@ -17,7 +17,8 @@ from engine.optimizers import placing
 from engine.optimizers.spec import Context, NotApplied
 from engine.optimizers.spec import modules as optimizer_modules
 from engine.plan import Plan
-from engine.run import device, generate, load
+from engine.prompts import MAX_SEED
+from engine.run import device, items, load
 from tests.conftest import card, draw, machine
 from truth import pipelines
 
@@ -350,7 +351,7 @@ def test_the_chosen_card_is_made_visible_by_its_uuid(monkeypatch: pytest.MonkeyP
 
 
 def test_seeds_lie_in_their_range() -> None:
-    assert all(0 <= generate.new_seed() <= generate.MAX_SEED for _ in range(100))
+    assert all(0 <= items.new_seed() <= MAX_SEED for _ in range(100))
 
 
 def test_an_optimizer_that_cannot_act_says_so_by_name(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

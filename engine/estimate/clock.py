@@ -66,13 +66,24 @@ def _data() -> dict[str, Any]:
     return content
 
 
-def speeds(gpu: Gpu, host: str = "value", calibration: Calibration | None = None) -> Speeds | None:
+def speeds(
+    gpu: Gpu, host: str = "value", calibration: Calibration | None = None, *, tf32: bool = False
+) -> Speeds | None:
     """Return the speeds of a card on a host that is "low", "value" (usual) or "high"; None where they are not known.
 
-    What was measured of the card is the same on all three: it was measured on the one host there is.
+    What was measured of the card is the same on all three: it was measured on the one host there is. With `tf32`
+    products of float32 are computed so: at a share of the table's rate, since a calibration measures none, and None
+    where the table has none.
     """
     assumed = _assumed(gpu, host)
-    return assumed if calibration is None else _measured(gpu, host, assumed, calibration)
+    found = assumed if calibration is None else _measured(gpu, host, assumed, calibration)
+    if found is None or not tf32:
+        return found
+    rates = gpus.rates(gpu)
+    if rates is None or not rates.tf32_flop_per_s:
+        return None
+    rate = rates.tf32_flop_per_s * _matmul_share(found.is_half_rate)
+    return replace(found, flop_per_s=found.flop_per_s | {"float32": rate})
 
 
 def _assumed(gpu: Gpu, host: str) -> Speeds | None:
