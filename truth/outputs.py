@@ -38,7 +38,11 @@ QUICK_FIRST = (
     *("cogvideox", "mochi", "wan", "sd_img2img", "sd"),
 )
 """The architectures, by how long a call takes."""
-LEFT_OUT = {"xdit": "it needs several cards, and this version does not start it"}
+LEFT_OUT = {
+    "allocator": "it acts on CUDA's own allocator",
+    "tf32": "it acts on the products of a card alone",
+    "xdit": "it needs several cards, and this version does not start it",
+}
 """Optimizers that are not executed here, and why."""
 
 
@@ -88,7 +92,7 @@ def case_of(architecture: str, *names: str) -> Case:
 
 def _naming(step: Step, names: Sequence[str]) -> Step:
     """Return a step with these names of components, if it has any: cases name those of every architecture."""
-    return dataclasses.replace(step, params=FrozenDict(step.params | {"components": tuple(names)})) if names else step
+    return dataclasses.replace(step, params=FrozenDict({**step.params, "components": tuple(names)})) if names else step
 
 
 def singles(architecture: str) -> Iterator[Case]:
