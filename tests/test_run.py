@@ -38,6 +38,9 @@ ACTING = {
     "vae_slicing": step("vae_slicing"),
     "vae_tiling": step("vae_tiling"),
     "layerwise_casting": step("layerwise_casting", storage="float16"),
+    "cache": step("cache"),
+    "cache taylor": step("cache", method="taylor_seer"),
+    "compile": step("compile"),
     "resident": step("resident"),
     "model_offload": step("model_offload"),
     "sequential_offload": step("sequential_offload"),
@@ -75,7 +78,10 @@ def test_an_optimizer_is_seen_to_hold_only_once_it_was_applied(pipe: Any, name: 
     assert applied(pipe, ACTING[name])
 
 
-@pytest.mark.parametrize("name", [n for n in ACTING if n not in ("vae_tiling", "layerwise_casting")])
+EXACT = [n for n, s in ACTING.items() if optimizers.spec(s["name"]).quality == "exact"]
+
+
+@pytest.mark.parametrize("name", EXACT)
 def test_an_exact_optimizer_leaves_the_picture_as_it_is_twice_in_a_row(pipe: Any, name: str) -> None:
     plain = draw(pipe)
     applied(pipe, ACTING[name])
