@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from engine.lock import Lock
     from engine.lockfile import read as read_lock
     from engine.plan import Plan
+    from engine.rungs import ladder
     from engine.version import __version__
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "UsageError",
     "__version__",
     "advise",
+    "ladder",
     "read_lock",
     "resolve",
 ]
@@ -58,6 +60,7 @@ __all__ = [
 _HOMES = {
     "resolve": "engine.api",
     "advise": "engine.advice",
+    "ladder": "engine.rungs",
     "Plan": "engine.plan",
     "Lock": "engine.lock",
     "read_lock": "engine.lockfile",

@@ -28,6 +28,20 @@ def write(path: Path, content: bytes) -> None:
         raise
 
 
+def append_line(path: Path, line: bytes) -> None:
+    """Add a line to a file, which is made where it is not there, and see it on the disk. Raises: OSError.
+
+    Whoever else adds lines, each is whole; a line that was cut off stays a line of its own, and spoils no other.
+    """
+    with path.open("ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - 1))
+        is_cut = file.read(1) not in (b"", b"\n")
+        file.write((b"\n" if is_cut else b"") + line + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def publish(path: Path, text: str) -> None:
     """Write a text for others to read, whole or not at all, where its folder is; with the rights of any new file.
 

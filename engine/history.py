@@ -18,12 +18,16 @@ with a heavier tail are covered less often until there are 19.
 Fifty repeats of one run are one run: of each kind (model, sizes, steps, optimizers) the latest counts, so that what is
 predicted is one run of a kind (one observation of each group, as in Dunn, Wasserman & Ramdas 2022). Only runs under the
 same placement, the same versions and the same calibration are compared: others were predicted by something else.
+
+A run that ran out of memory says one thing more: under this room, what it was does not run. It is not planned again
+with so little (`ran_out`), until it has run with no more, or the room is larger, or it is forgotten.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
@@ -76,6 +80,12 @@ class Run:
     measured_seconds: float | None
     interval: Interval
     out_of_memory: bool = False
+    room_bytes: int | None = None
+    """What it could take of the card: its plan's budget, or less, where less was there in the end."""
+    asked: str | None = None
+    """What of its request decides how much it takes, as a digest; None of what was remembered before there was this."""
+    acting: str = ""
+    """The steps that did something, as text."""
 
     @property
     def kind(self) -> tuple[Any, ...]:
@@ -93,6 +103,14 @@ class Run:
 
 def _ratio(measured: float | None, predicted: float | None) -> float | None:
     return measured / predicted if measured and predicted else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RanOut:
+    """That something ran out of memory: when, and with how much room for it."""
+
+    when: str
+    room_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,8 +169,10 @@ def of_run(
     measured_bytes: int | None,
     measured_seconds: float | None,
     out_of_memory: bool = False,
+    room_bytes: int | None = None,
+    acting: Sequence[Step] | None = None,
 ) -> Run:
-    """Return a run to remember."""
+    """Return a run to remember. `acting` are the steps that do something there; None: all of them."""
     return Run(
         when=when,
         versions=FrozenDict(circumstances(driver)),
@@ -173,7 +193,36 @@ def of_run(
         measured_seconds=measured_seconds,
         interval=predicted.interval,
         out_of_memory=out_of_memory,
+        room_bytes=room_bytes,
+        asked=_asked(request),
+        acting=text_of(steps if acting is None else acting),
     )
+
+
+def text_of(acting: Sequence[Step]) -> str:
+    """Return the steps that do something as text: with the request they decide how much memory a run takes."""
+    return "; ".join(map(str, acting))
+
+
+def _asked(request: Request) -> str:
+    content = {n: getattr(request, n) for n in _DECIDING}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# How many steps it takes to denoise is not among them: each has what the one before it gave back.
+_DECIDING = (
+    "model",
+    "revision",
+    "pipeline_class",
+    "height",
+    "width",
+    "frames",
+    "batch",
+    "guidance",
+    "call",
+    "components",
+)
 
 
 def placement(steps: Sequence[Step]) -> str:
@@ -193,19 +242,14 @@ def remember(uuid: str, run: Run) -> None:
 
     where = path(uuid)
     where.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(dataclasses.asdict(run), ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+    line = json.dumps(dataclasses.asdict(run), ensure_ascii=False, separators=(",", ":")).encode()
     with FileLock(f"{where}.lock", timeout=_LOCK_S):  # a Timeout is an OSError
-        before = _tail(where)
-        lines = before.splitlines(keepends=True)
+        lines = _tail(where).splitlines(keepends=True)
         if len(lines) >= MOST_RUNS:
             kept = [each.rstrip(b"\n") + b"\n" for each in lines[1 - MOST_RUNS :]]
-            files.write(where, b"".join([*kept, line]))
+            files.write(where, b"".join([*kept, line + b"\n"]))
             return
-        with where.open("ab") as file:
-            # A line that was cut off stays a line of its own, and spoils no other.
-            file.write(line if not before or before.endswith(b"\n") else b"\n" + line)
-            file.flush()
-            os.fsync(file.fileno())
+        files.append_line(where, line)
 
 
 def read(uuid: str) -> tuple[Run, ...]:
@@ -231,6 +275,31 @@ def comparable(card: Gpu | None, driver: Driver | None, calibration: Calibration
     return tuple(r for r in read(card.uuid) if r.versions == now and r.calibration == digest)
 
 
+def ran_out(card: Gpu | None, driver: Driver | None, request: Request) -> Mapping[str, RanOut]:
+    """Return what ran out of memory on a card for such a request, by `text_of` what acted; of several the roomiest.
+
+    What has run since then with no more room does run. Other versions do not count; the calibration does not matter,
+    since this was no prediction.
+    """
+    found: dict[str, RanOut] = {}
+    if card is None or card.uuid is None:
+        return found
+    runs = read(card.uuid)
+    if not any(r.out_of_memory for r in runs):
+        return found
+    now, asked = circumstances(driver), _asked(request)
+    for run in runs:
+        if run.room_bytes is None or run.asked != asked or run.versions != now:
+            continue
+        known = found.get(run.acting)
+        if run.out_of_memory:
+            if known is None or run.room_bytes >= known.room_bytes:
+                found[run.acting] = RanOut(when=run.when, room_bytes=run.room_bytes)
+        elif known is not None and run.room_bytes <= known.room_bytes:
+            del found[run.acting]
+    return found
+
+
 def _tail(where: Path) -> bytes:
     """Return the end of a file, whole where it is of the size it should be; nothing where it cannot be read."""
     try:
@@ -243,7 +312,7 @@ def _tail(where: Path) -> bytes:
 
 
 _TEXT = ("when", "model", "placement", "digest")
-_SIZES = ("height", "width", "frames", "steps", "predicted_bytes", "measured_bytes")
+_SIZES = ("height", "width", "frames", "steps", "predicted_bytes", "measured_bytes", "room_bytes")
 _SECONDS = ("predicted_seconds", "measured_seconds")
 
 
@@ -263,6 +332,8 @@ def _run(line: bytes) -> Run | None:
         return None
     sound = all(isinstance(getattr(run, n), str) for n in _TEXT)
     sound = sound and all(_is_count(getattr(run, n)) for n in _SIZES) and _is_count(run.batch)
+    sound = sound and (run.asked is None or isinstance(run.asked, str))
+    sound = sound and isinstance(run.acting, str) and isinstance(run.out_of_memory, bool)
     return run if sound and all(_is_time(getattr(run, n)) for n in _SECONDS) else None
 
 

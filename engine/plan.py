@@ -26,6 +26,7 @@ from engine.values import (
     ProfileRef,
     Rejection,
     Request,
+    Rung,
     Step,
 )
 
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from engine.lock import Lock
+    from engine.prompts import Prompt
+    from engine.run.media import Video
 
 SCHEMA = "dg-run/plan@1"
 
@@ -61,6 +64,10 @@ class Plan:
     versions: Mapping[str, str | None]
     advice: tuple[Advice, ...] | None = None
     """The nearest changes that would allow more (`engine.advise`); None where nobody has looked."""
+    ladder: tuple[Rung, ...] | None = None
+    """What a run goes down to when its memory runs out (`engine.ladder`), in turn; None where nobody has looked."""
+    locked: bool = False
+    """Whether it came of a lock, and is run exactly as it is."""
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Return the plan as JSON, which `schema/plan.schema.json` describes."""
@@ -100,6 +107,19 @@ class Plan:
             return None
         meant = [g for g in self.hardware.gpus if (g.uuid, g.index) == (self.device.uuid, self.device.index)]
         return meant[0] if meant else None
+
+    @property
+    def acting(self) -> tuple[Step, ...]:
+        """The optimizers that do something here. A placement always counts: it says where the weights are."""
+        from engine import optimizers
+
+        idle = {n.optimizer for n in self.notes if n.kind == "no_effect"}
+        return tuple(s for s in self.optimizers if s.name not in idle or optimizers.spec(s.name).is_placement)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether exactly these optimizers are meant (a list of the user's own, or a lock): nothing else is tried."""
+        return self.locked or self.request.exact
 
     @property
     def torch_device(self) -> str:
@@ -154,16 +174,35 @@ class Plan:
 
         load.undo(self, pipe)
 
-    def run(self, prompts: str | Iterable[str], *, seed: int | None = None) -> Iterator[Image]:
-        """Load, and yield the pictures of each prompt in turn; each carries its seed and prompt in `.info`."""
+    def run(
+        self,
+        prompts: str | Prompt | Mapping[str, Any] | Iterable[str | Prompt | Mapping[str, Any]],
+        *,
+        seed: int | None = None,
+        num_images: int | None = None,
+        image: Any = None,
+    ) -> Iterator[Image | Video]:
+        """Load, and yield the pictures or videos of each prompt in turn; each carries its seed and prompt in `.info`.
+
+        A prompt is a text, or an object with `prompt` and, where they differ from the run's, `negative_prompt`, `seed`
+        and `num_images`: how many of it are made, by default as many as the plan's batch. `image`
+        is the picture to begin with, as a path or an image of PIL, where the plan was made with one: it keeps its size.
+
+        Raises: UsageError, ModelError, HardwareError, IncompatibleError, OutOfMemoryError, NothingFitsError; FileError,
+            for an image that is none.
+        """
         from engine.run import generate
 
-        return generate.run(self, [prompts] if isinstance(prompts, str) else list(prompts), seed=seed)
+        return generate.run(self, prompts, seed=seed, num_images=num_images, image=image)
 
 
 def digest(request: Request, profile: ProfileRef | None, steps: tuple[Step, ...]) -> str:
     """Return the SHA-256 of what would be run: model, revision, request, profile and optimizers, not what was seen."""
     asked = {k: v for k, v in dataclasses.asdict(request).items() if k not in _SEEN}
+    if request.loras:  # by what is in them, wherever they lie
+        asked["loras"] = [{"sha256": lora.sha256, "weight": lora.weight} for lora in request.loras]
+    else:  # digests are what they were before there were LoRAs
+        del asked["loras"]
     named = None if profile is None else {"name": profile.name, "version": profile.version}
     content = {"request": asked, "profile": named, "optimizers": [dataclasses.asdict(s) for s in steps]}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -85,6 +85,9 @@ FLAGS: dict[str, tuple[int, list[str], list[str]]] = {
     "requests, lock": (2, ["plan", "--requests", "x.jsonl", "--lock", "x.yaml"], ["--requests", "--lock"]),
     "requests, default": (2, ["plan", "--requests", "x.jsonl", "--quality", "near"], ["--requests", "--quality"]),
     "check, lock": (2, ["plan", "--check", "x.yaml", "--lock", "y.yaml"], ["--check", "--lock"]),
+    "like, plan": (2, ["--like", "x.png", "--plan", "x.yaml"], ["--like", "--plan"]),
+    "like, size": (2, ["--like", "x.png", "--height", "64"], ["--like", "--height"]),
+    "prompt, prompts": (2, ["--auto", *PROMPT, "--prompts", "x.txt"], ["--prompt", "--prompts"]),
     "check, model": (2, ["plan", "--check", "x.yaml", "--model-name", "x"], ["--check", "--model_name"]),
     "check, timeline": (2, ["plan", "--check", "x.yaml", "--timeline", "x.svg"], ["--check", "--timeline"]),
     "check, requests": (2, ["plan", "--check", "x.yaml", "--requests", "x.jsonl"], ["--check", "--requests"]),
@@ -92,6 +95,7 @@ FLAGS: dict[str, tuple[int, list[str], list[str]]] = {
 BESIDE_PLAN = {
     "--auto": [],
     "--model": ["x"],
+    "--lora": ["x"],
     "--height": ["64"],
     "--width": ["64"],
     "--batch_size": ["1"],
@@ -99,6 +103,7 @@ BESIDE_PLAN = {
     "--num_inference_steps": ["8"],
     "--guidance_scale": ["1"],
     "--negative_prompt": ["x"],
+    "--strength": ["0.5"],
     "--call": ["a=1"],
     "--device": ["cpu"],
     "--gpu": ["0"],
@@ -150,7 +155,8 @@ def test_every_option_is_allowed_beside_a_locked_plan_or_refused() -> None:
     from engine.cli import generate
 
     known = {a.option_strings[0] for a in generate.parser()._actions} - {"-h", "--version"}
-    assert known == {*BESIDE_PLAN, "--plan", "--prompt", "--seed", "--output", "--debug"}
+    job = {"--prompt", "--prompts", "--image", "--num_images", "--seed", "--output", "--debug"}
+    assert known == {*BESIDE_PLAN, "--plan", "--like"} | job
 
 
 ARGUMENTS: dict[str, tuple[type[DgRunError], dict[str, Any], str]] = {

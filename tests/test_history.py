@@ -19,9 +19,11 @@ from PIL import Image
 
 import engine
 from engine import calibration, doctor, history
+from engine import prompts as said
 from engine.errors import OutOfMemoryError
 from engine.history import Range, Run
-from engine.run import device, generate
+from engine.plan import Plan
+from engine.run import device, items, runner
 from engine.run.progress import Quiet
 from engine.values import Driver, Estimate, FrozenDict, Interval
 from tests.test_calibration import CARD, DRIVER, ROOT, here, made, plan
@@ -336,6 +338,13 @@ class Heard(Quiet):
         self.lines.append(text)
 
 
+def called(plan: Plan, pipe: Pipe, *texts: str, told: Quiet | None = None) -> list[Any]:
+    """Return the pictures of a pipeline that is ready."""
+    calls = items.calls(said.of(texts), 7, plan.request.batch)
+    made = runner.of(plan, runner.Ready(pipe=pipe, calls=calls), told or Quiet())
+    return [output for each in made for output in each.outputs]
+
+
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A card that is not there, on which 12,345 bytes were allocated."""
@@ -346,7 +355,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("measured")
 def test_each_call_on_a_card_is_remembered_beside_its_prediction() -> None:
     made_plan, told = plan(), Heard()
-    pictures = list(generate.pictures(made_plan, Pipe(), ["a red circle", "a blue square"], 7, told))
+    pictures = called(made_plan, Pipe(), "a red circle", "a blue square", told=told)
     assert len(pictures) == 2
     first, second = history.read(UUID)
     assert first.kind == second.kind
@@ -363,20 +372,23 @@ def test_each_call_on_a_card_is_remembered_beside_its_prediction() -> None:
 @pytest.mark.usefixtures("measured")
 def test_a_run_of_a_calibrated_plan_says_by_which_calibration() -> None:
     calibration.keep(made())
-    list(generate.pictures(plan(), Pipe(), ["a red circle"], 7, Quiet()))
+    called(plan(), Pipe(), "a red circle")
     assert [r.calibration for r in history.read(UUID)] == [made().digest]
     assert len(history.comparable(CARD, DRIVER, made())) == 1
 
 
 @pytest.mark.usefixtures("measured")
-def test_a_run_that_ran_out_of_memory_is_remembered_and_one_that_was_refused_is_not() -> None:
+def test_a_run_that_ran_out_of_memory_is_remembered_and_one_that_was_refused_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import torch
 
+    monkeypatch.setattr("engine.run.load.load", lambda *_, **__: Pipe(torch.OutOfMemoryError("2 GiB")))
     with pytest.raises(OutOfMemoryError):
-        list(generate.pictures(plan(), Pipe(torch.OutOfMemoryError("2 GiB")), ["a red circle"], 7, Quiet()))
+        next(plan().run("a red circle", seed=7))
     for error in (ValueError("no"), KeyboardInterrupt()):
         with pytest.raises(BaseException):  # noqa: B017
-            list(generate.pictures(plan(), Pipe(error), ["a red circle"], 7, Quiet()))  # type: ignore[arg-type]
+            called(plan(), Pipe(error), "a red circle")  # type: ignore[arg-type]
     (found,) = history.read(UUID)
     assert (found.out_of_memory, found.measured_bytes, found.measured_seconds) == (True, None, None)
 
@@ -384,7 +396,7 @@ def test_a_run_that_ran_out_of_memory_is_remembered_and_one_that_was_refused_is_
 @pytest.mark.usefixtures("measured")
 def test_a_run_on_the_cpu_is_not_remembered_nor_one_whose_card_has_no_name(state: Path) -> None:
     for made_plan in (engine.resolve(device="cpu"), plan().without_identity()):
-        list(generate.pictures(made_plan, Pipe(), ["a red circle"], 7, Quiet()))
+        called(made_plan, Pipe(), "a red circle")
     assert not state.exists()
 
 
@@ -395,7 +407,7 @@ def test_where_nothing_can_be_written_one_line_says_so_and_the_run_succeeds(
     (tmp_path / "file").touch()
     monkeypatch.setenv("DG_RUN_STATE", str(tmp_path / "file"))
     told = Heard()
-    assert len(list(generate.pictures(plan(), Pipe(), ["a red circle"], 7, told))) == 1
+    assert len(called(plan(), Pipe(), "a red circle", told=told)) == 1
     (line,) = told.lines
     assert "could not be remembered in" in line
 

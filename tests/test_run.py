@@ -17,7 +17,8 @@ from engine.optimizers import placing
 from engine.optimizers.spec import Context, NotApplied
 from engine.optimizers.spec import modules as optimizer_modules
 from engine.plan import Plan
-from engine.run import device, generate, load
+from engine.prompts import MAX_SEED
+from engine.run import device, items, load
 from tests.conftest import card, draw, machine
 from truth import pipelines
 
@@ -35,6 +36,7 @@ def step(name: str, **params: Any) -> dict[str, Any]:
 # Each optimizer, as it acts on a device: the CPU stands in for the card, the hooks are the libraries' own.
 ACTING = {
     "fuse_qkv": step("fuse_qkv"),
+    "attention_backend": step("attention_backend"),
     "vae_slicing": step("vae_slicing"),
     "vae_tiling": step("vae_tiling"),
     "layerwise_casting": step("layerwise_casting", storage="float16"),
@@ -151,9 +153,12 @@ def test_a_switch_that_a_vae_does_not_have_is_passed_over_where_the_plan_says_so
     plan = plan_for("vae_slicing", "vae_tiling", height=64, width=64)
     assert {n.optimizer for n in plan.notes if n.kind == "no_effect"} == {"vae_slicing", "vae_tiling"}
     pipe.vae = AsymmetricAutoencoderKL(down_block_out_channels=(8,), up_block_out_channels=(8,), norm_num_groups=2)
-    assert load.apply(plan, pipe) is pipe
+    with pytest.raises(IncompatibleError, match="vae of the pipeline is a AsymmetricAutoencoderKL"):
+        load.apply(plan, pipe)
+    assert load.apply_steps(plan, pipe, HERE) is pipe
+    load.undo(plan, pipe)
     with pytest.raises(IncompatibleError, match="vae_tiling cannot act"):
-        load.apply(plan_for("vae_tiling", height=256, width=256), pipe)
+        load.apply_steps(plan_for("vae_tiling", height=256, width=256), pipe, HERE)
 
 
 def test_fp8_storage_keeps_the_picture_near(pipe: Any) -> None:
@@ -356,7 +361,7 @@ def test_the_chosen_card_is_made_visible_by_its_uuid(monkeypatch: pytest.MonkeyP
 
 
 def test_seeds_lie_in_their_range() -> None:
-    assert all(0 <= generate.new_seed() <= generate.MAX_SEED for _ in range(100))
+    assert all(0 <= items.new_seed() <= MAX_SEED for _ in range(100))
 
 
 def test_an_optimizer_that_cannot_act_says_so_by_name(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import engine
 from engine import arguments, facts, optimizers, profiles, scenarios, solve
 from engine.errors import IncompatibleError
 from engine.estimate.bounds import Least
+from engine.history import RanOut, text_of
 from engine.plan import Plan
 from engine.solve import Decision, Situation, opened
 from engine.solve.prices import prices
@@ -218,8 +219,27 @@ def made_profiles(draw: st.DrawFn) -> tuple[Profile, ...]:
     return tuple(found)
 
 
+Lost = dict[str, RanOut]
+LOST = st.dictionaries(
+    st.sampled_from(KINDS), SIZES.map(lambda room: RanOut(when="2026-10-03T08:09:10Z", room_bytes=room)), max_size=6
+).map(lambda rooms: {acting_text(kind): room for kind, room in rooms.items()})
+
+
+def acting_text(kind: tuple[str, bool, bool]) -> str:
+    """Return the steps of a kind of run as they act here: in what `dtype: auto` is on the card."""
+    placement, tiles, casts = kind
+    names = [*(["vae_tiling"] if tiles else []), *(["layerwise_casting"] if casts else []), placement]
+    return text_of([optimizers.spec("dtype").step({"value": "bfloat16"}), *(optimizers.spec(n).step() for n in names)])
+
+
 def situation(
-    table: Table, free_bytes: int, host_bytes: int | None, quality: str = "near", prefer: str = "speed"
+    table: Table,
+    free_bytes: int,
+    host_bytes: int | None,
+    quality: str = "near",
+    prefer: str = "speed",
+    lost: Lost | None = None,
+    below: int | None = None,
 ) -> Situation:
     """Return the embedded model, which tiles at this size, on a card with so much free."""
     return Situation(
@@ -231,6 +251,8 @@ def situation(
         timed=lambda steps: table.estimate(steps).seconds if table.is_bounded else None,
         budget_bytes=max(0, free_bytes - 512 * 2**20),
         host_budget_bytes=host_bytes,
+        ran_out=lost or {},
+        below_bytes=below,
     )
 
 
@@ -266,6 +288,13 @@ def brute_force(where: Situation, several: Sequence[Profile]) -> tuple[float, ..
                 continue
             if (taken.required_bytes or 0) > where.budget_bytes:
                 continue
+            if where.below_bytes is not None and (taken.required_bytes or 0) >= where.below_bytes:
+                continue
+            names = {s.name for s in steps}
+            placement = next(n for n in PLACEMENTS if n in names)
+            lost = where.ran_out.get(acting_text((placement, "vae_tiling" in names, "layerwise_casting" in names)))
+            if lost is not None and lost.room_bytes >= where.budget_bytes:
+                continue
             if where.host_budget_bytes is None or (taken.host_bytes or 0) <= where.host_budget_bytes:
                 found.append(key(taken, steps, where.request.prefer))
     return min(found, default=None)
@@ -275,12 +304,26 @@ HOSTS = st.none() | SIZES
 
 
 @given(
-    TABLES, made_profiles(), SIZES, HOSTS, st.sampled_from(["exact", "near"]), st.sampled_from(arguments.PREFERENCES)
+    TABLES,
+    made_profiles(),
+    SIZES,
+    HOSTS,
+    st.sampled_from(["exact", "near"]),
+    st.sampled_from(arguments.PREFERENCES),
+    LOST,
+    st.none() | SIZES,
 )
 def test_the_choice_is_that_of_brute_force_and_nothing_rejected_fits(
-    table: Table, several: tuple[Profile, ...], free: int, host: int | None, quality: str, prefer: str
+    table: Table,
+    several: tuple[Profile, ...],
+    free: int,
+    host: int | None,
+    quality: str,
+    prefer: str,
+    lost: Lost,
+    below: int | None,
 ) -> None:
-    where = situation(table, free, host, quality, prefer)
+    where = situation(table, free, host, quality, prefer, lost, below)
     decision = solve.choose(where, several)
     best = brute_force(where, several)
     assert (decision.key or None) == best
@@ -298,6 +341,12 @@ def test_the_choice_is_that_of_brute_force_and_nothing_rejected_fits(
             assert rejection.short_bytes is not None
             assert host is not None
             assert 0 < rejection.short_bytes <= taken.host_bytes - host
+        elif rejection.rule == "estimate.below":
+            assert below is not None
+            assert rejection.short_bytes is not None
+            assert 0 < rejection.short_bytes <= taken.required_bytes - below + 1
+        elif rejection.rule == "remembered.out_of_memory":
+            assert lost[text_of(rejection.optimizers)].room_bytes >= where.budget_bytes
         elif rejection.rule == "same":
             assert key(taken, rejection.optimizers, prefer) == best
         elif rejection.rule == "preferred":
@@ -307,24 +356,30 @@ def test_the_choice_is_that_of_brute_force_and_nothing_rejected_fits(
             assert rejection.rule in ("match.free_vram", "quality")
 
 
-@given(TABLES, made_profiles(), SIZES, SIZES, HOSTS, HOSTS)
+@given(TABLES, made_profiles(), SIZES, SIZES, HOSTS, HOSTS, LOST)
 def test_more_memory_never_costs_more(
-    table: Table, several: tuple[Profile, ...], one: int, other: int, host: int | None, more_host: int | None
+    table: Table,
+    several: tuple[Profile, ...],
+    one: int,
+    other: int,
+    host: int | None,
+    more_host: int | None,
+    lost: Lost,
 ) -> None:
     less, more = sorted((one, other))
     hosts = (host, more_host) if host is not None and (more_host is None or more_host >= host) else (host, host)
-    before = solve.choose(situation(table, less, hosts[0]), several)
-    after = solve.choose(situation(table, more, hosts[1]), several)
+    before = solve.choose(situation(table, less, hosts[0], lost=lost), several)
+    after = solve.choose(situation(table, more, hosts[1], lost=lost), several)
     if before.fits:
         assert after.fits
         assert after.key[0] <= before.key[0]
 
 
-@given(TABLES, made_profiles(), made_profiles(), SIZES, HOSTS)
+@given(TABLES, made_profiles(), made_profiles(), SIZES, HOSTS, LOST)
 def test_another_profile_never_makes_it_worse(
-    table: Table, several: tuple[Profile, ...], others: tuple[Profile, ...], free: int, host: int | None
+    table: Table, several: tuple[Profile, ...], others: tuple[Profile, ...], free: int, host: int | None, lost: Lost
 ) -> None:
-    where = situation(table, free, host)
+    where = situation(table, free, host, lost=lost)
     before, after = solve.choose(where, several), solve.choose(where, (*several, *others))
     if before.fits:
         assert after.fits

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import engine
-from engine import optimizers
+from engine import optimizers, prompts
 from engine.dryrun import record
 from engine.errors import IncompatibleError, OutOfMemoryError, UsageError
 from engine.estimate import whole
@@ -29,7 +29,7 @@ from engine.optimizers import staged_encoding
 from engine.optimizers.spec import Context, NotApplied
 from engine.plan import Plan
 from engine.run import device as run_device
-from engine.run import generate, staged, stages
+from engine.run import items, runner, staged, stages
 from engine.run.progress import Quiet
 from engine.values import Step
 from tests import toys
@@ -54,6 +54,10 @@ def step(name: str, **params: Any) -> Step:
 
 def pixels(plan: Plan, prompts: list[str] = PROMPTS) -> list[Any]:
     return [np.asarray(i) for i in plan.run(prompts, seed=3)]
+
+
+def ready(plan: Plan, texts: list[str], told: Quiet) -> runner.Ready:
+    return runner.prepared(plan, items.calls(prompts.of(texts), 3, plan.request.batch), told)
 
 
 # What the pictures are.
@@ -163,13 +167,25 @@ def test_nothing_of_the_first_stage_is_left_when_the_second_one_begins(monkeypat
 def test_a_run_on_a_device_never_holds_the_encoders_and_the_rest_at_once() -> None:
     plan = plan_for("staged_encoding", "resident", steps=1)
     before = device.counts().live_bytes
-    made = generate.ready(plan, PROMPTS, 3)
+    made = ready(plan, PROMPTS, Quiet())
     parts = {n: small.nbytes(c) for n, c in made.pipe.components.items() if isinstance(c, torch.nn.Module)}
     assert set(parts) == {"transformer", "vae"}
     assert device.counts().live_bytes - before < 1.01 * sum(parts.values())
-    assert made.peak_bytes is not None
-    assert made.peak_bytes - before < 1.01 * sum(parts.values())  # the encoders are smaller
-    assert len(made.encoded) == len(made.seconds) == 2
+    assert len(made.before) == 2
+    for each in made.before:
+        assert each.peak_bytes is not None and each.seconds > 0
+        assert each.peak_bytes - before < 1.01 * sum(parts.values())  # the encoders are smaller
+
+
+def test_prompts_that_would_take_too_much_of_the_host_are_encoded_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text encoders come again for each; the pictures are the same."""
+    plan, texts = plan_for("staged_encoding", "resident", steps=1), [*PROMPTS, "a green triangle"]
+    whole = pixels(plan, texts)
+    one = ready(plan, texts[:1], Quiet()).before[0].encoded.size_bytes
+    assert one > 0
+    monkeypatch.setattr(runner, "ENCODED_BYTES", one + 1)
+    assert [len(ready(plan, texts, Quiet()).calls), len(ready(plan, texts[2:], Quiet()).calls)] == [2, 1]
+    assert all(np.array_equal(a, b) for a, b in zip(pixels(plan, texts), whole, strict=True))
 
 
 def test_encoders_that_somebody_keeps_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +232,7 @@ def test_casts_of_both_stages_are_seen_to_hold() -> None:
             told.append(text.strip())
 
     casting = {"name": "layerwise_casting", "params": {"components": ["text_encoder_2", "transformer"]}}
-    made = generate.ready(plan_for("staged_encoding", casting, "resident"), PROMPTS[:1], 3, Heard())
+    made = ready(plan_for("staged_encoding", casting, "resident"), PROMPTS[:1], Heard())
     assert [line.partition(":")[0] for line in told] == [
         "layerwise_casting",
         "staged_encoding",
@@ -338,7 +354,7 @@ CHILD = """
 import json, sys, threading, time
 from pathlib import Path
 import torch
-from engine import optimizers
+from engine import optimizers, prompts
 from engine.optimizers.spec import Context
 from engine.run import load, staged
 from engine.run.progress import Quiet

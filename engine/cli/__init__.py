@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 
 from engine.cli.options import COMMANDS
@@ -22,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A name or an arrow that the terminal's encoding lacks is no reason to stop.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return _command(arguments)(arguments)
+        with _ended_as_by_ctrl_c():
+            return _command(arguments)(arguments)
     except DgRunError as error:
         if "--debug" in arguments:
             raise
@@ -45,6 +49,26 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return INTERNAL_ERROR
+
+
+@contextlib.contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM end the run as Ctrl-C does: what is half-written goes, what is finished stays."""
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _command(arguments: list[str]) -> Callable[[list[str]], int]:

@@ -16,10 +16,13 @@ from engine.values import FrozenDict, Step
 from engine.words import did_you_mean, listing
 
 _MODULES = (
+    "allocator",
+    "tf32",
     "staged_encoding",
     "dtype",
     "fuse_qkv",
     "attention_slicing",
+    "attention_backend",
     "layerwise_casting",
     "cache",
     "vae_slicing",

@@ -118,6 +118,8 @@ class Spec:
     changes_computing_with: str | None = None
     """A parameter that changes what is computed where it is given: then a dry run applies it too (`apply_dry`)."""
     params: tuple[Param, ...] = ()
+    is_of_process: bool = False
+    """Whether it sets what is the process's, and no pipeline's: it is passed over where it has no effect."""
     changes_weights: bool = False
     """Whether it makes other weights of a component's own: it acts before they are on the device (`on`)."""
     lasts: str | None = None
@@ -189,6 +191,7 @@ class Optimizer(Protocol):
     # settled(pipe, step, context) -> str         one line of what is seen to hold after a call of the pipeline: where
     #                                             weights are then. Raises: NotApplied
     # seen(pipe, context) -> str | None           what a pipeline shows of it, whoever did it; None: nothing
+    # before_start(step) -> None                  is called before CUDA starts
 
 
 def nothing_to_load(step: Step, context: Context) -> dict[str, Any]:

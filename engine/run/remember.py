@@ -10,10 +10,17 @@ from engine.run.progress import Progress
 
 
 def run(
-    plan: Plan, peak_bytes: int | None, seconds: float | None, told: Progress, *, out_of_memory: bool = False
+    plan: Plan,
+    peak_bytes: int | None,
+    seconds: float | None,
+    told: Progress,
+    *,
+    out_of_memory: bool = False,
+    room_bytes: int | None = None,
 ) -> None:
     """Remember one call of the pipeline. A run on the CPU, and one of a card without a UUID, is not remembered.
 
+    `room_bytes` is what it could take of the card, where that was less than the plan's budget.
     Where it cannot be written, one line says so: the run itself has succeeded.
     """
     card = plan.card
@@ -31,6 +38,8 @@ def run(
         measured_bytes=peak_bytes,
         measured_seconds=None if seconds is None else round(seconds, 4),
         out_of_memory=out_of_memory,
+        room_bytes=plan.budget_bytes if room_bytes is None else room_bytes,
+        acting=plan.acting,
     )
     try:
         history.remember(card.uuid, made)

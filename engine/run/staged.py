@@ -53,8 +53,12 @@ class Staged:
     """The most on the device until now; None without a card."""
 
 
-def load_encoded(plan: Plan, wanted: Calls, told: Progress | None = None, *, debug: bool = False) -> Staged:
+def load_encoded(
+    plan: Plan, wanted: Calls, told: Progress | None = None, *, most_bytes: int | None = None, debug: bool = False
+) -> Staged:
     """Return the plan's pipeline without text encoders, with what the prompts of these calls were encoded to.
+
+    With `most_bytes` only as many of the calls are encoded, at least one, as that much of the host holds.
 
     Raises: ModelError, HardwareError, IncompatibleError, OutOfMemoryError, NothingFitsError, UsageError.
     """
@@ -64,14 +68,24 @@ def load_encoded(plan: Plan, wanted: Calls, told: Progress | None = None, *, deb
         here = load.context(plan)
         device.reset_peak(plan.torch_device)
         whole = source.parts()
-        found = first(whole, plan.optimizers, wanted, here, told)
+        found = first(whole, plan.optimizers, wanted, here, told, most_bytes)
         pipe = second(whole, plan.optimizers, found, here, told, load.idle(plan))
         peak_bytes = device.peak_allocated_bytes(plan.torch_device)
     return Staged(pipe=pipe, encoded=found.encoded, seconds=found.seconds, peak_bytes=peak_bytes)
 
 
-def first(whole: Parts, steps: Sequence[Step], wanted: Calls, here: Context, told: Progress) -> First:
-    """Encode the prompts of these calls. Raises: IncompatibleError, OutOfMemoryError, UsageError; as loading does."""
+def first(
+    whole: Parts,
+    steps: Sequence[Step],
+    wanted: Calls,
+    here: Context,
+    told: Progress,
+    most_bytes: int | None = None,
+) -> First:
+    """Encode the prompts of these calls, or as many as `most_bytes` hold.
+
+    Raises: IncompatibleError, OutOfMemoryError, UsageError; as loading does.
+    """
     acting = staged_encoding.first_stage(steps, whole.twins)
 
     def settle(name: str, module: Any) -> None:
@@ -84,8 +98,8 @@ def first(whole: Parts, steps: Sequence[Step], wanted: Calls, here: Context, tol
     encoders = [n for n in whole.twins if is_text_encoder(n)]
     with calls.within("the text encoders were loaded (stage one of staged_encoding)"):
         with told.stage(f"loading {names(sorted(encoders))}"):
-            found = whole.one_by_one(encoders, {}, settle)
-            pipe = whole.loaded((), found)
+            found = whole.one_by_one(encoders, {}, settle, told)
+            pipe = whole.loaded((), found, told)
     encoded, seconds = [], []
     with calls.within("the prompts were encoded (stage one of staged_encoding)"), told.stage("encoding the prompts"):
         for call in wanted(pipe):
@@ -93,6 +107,8 @@ def first(whole: Parts, steps: Sequence[Step], wanted: Calls, here: Context, tol
             with calls.refusing(pipe):
                 encoded.append(stages.encode(pipe, call, here.device))
             seconds.append(time.perf_counter() - start)
+            if most_bytes is not None and sum(e.size_bytes for e in encoded) >= most_bytes:
+                break
     return First(
         encoded=tuple(encoded),
         seconds=tuple(seconds),

@@ -27,6 +27,11 @@ class Encoded:
 
     answers: tuple[Any, ...]
 
+    @property
+    def size_bytes(self) -> int:
+        """How much of the host it takes."""
+        return sum(_bytes(answer) for answer in self.answers)
+
 
 class _Left(BaseException):
     """Ends a call once its prompts are encoded. Nothing between may take it for an error of its own."""
@@ -186,6 +191,15 @@ def _computing_on(pipe: Any, device: Any) -> Iterator[None]:
         yield
     finally:
         pipe.__class__ = plain
+
+
+def _bytes(item: Any) -> int:
+    import torch
+
+    if isinstance(item, torch.Tensor):
+        return item.nbytes
+    parts = item.values() if isinstance(item, dict) else item if isinstance(item, tuple | list) else ()
+    return sum(map(_bytes, parts))
 
 
 def _moved(answer: Any, device: Any) -> Any:

@@ -27,6 +27,8 @@ def exact(situation: Situation, steps: Sequence[Step]) -> Decision:
     if not any(s.name == "dtype" for s in settled):
         because = "no dtype was listed: float32, as the library loads"
         notes = (*notes, Note(kind="default", optimizer="dtype", because=because))
+    if (lost := situation.lost(judged.key)) is not None:
+        notes = (*notes, Note(kind="remembered", optimizer=None, because=lost))
     taken = situation.estimate(judged.acting)
     short = reasons.of_estimate(taken, situation)
     rejected: tuple[Rejection, ...] = ()

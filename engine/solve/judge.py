@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from engine import gpus, optimizers
+from engine import gpus, history, optimizers
 from engine.optimizers import placing
 from engine.solve.candidates import Candidate
 from engine.solve.situation import QUALITIES, Situation
 from engine.units import format_size
 from engine.values import Gpu, Match, Profile, Rejection, Step
 from engine.words import listing
+
+REMEMBERED = "remembered.out_of_memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,19 @@ def _pipelines(profile: Profile, pipeline_class: str) -> Reason | None:
 def candidate(found: Candidate, situation: Situation) -> Reason | None:
     """Return why the request, or a rule, rules a candidate out; None where nothing does."""
     return _constraint(found, situation) or _unknown(found, situation) or _rule(found)
+
+
+def remembered(found: Candidate, situation: Situation) -> Reason | None:
+    """Return that a candidate ran out of memory here, with at least as much room as it would have now; else None.
+
+    More room, and it is tried again: so that more memory never takes a choice away.
+    """
+    because = situation.lost(found.key)
+    if because is None or situation.gpu is None or situation.gpu.uuid is None:
+        return None
+    where = history.path(situation.gpu.uuid)
+    remedy = f"free more of the card than that; `dg-run calibrate --forget` forgets its runs ({where})"
+    return Reason(found.steps, REMEMBERED, because, remedy)
 
 
 def _unknown(found: Candidate, situation: Situation) -> Reason | None:

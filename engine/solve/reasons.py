@@ -31,6 +31,10 @@ def of_estimate(taken: Estimate, situation: Situation) -> Short | None:
     if taken.required_bytes is not None and budget is not None and taken.required_bytes > budget:
         phase = max(taken.phases, key=lambda p: p.peak_bytes or 0).name if taken.phases else "the run"
         return _device(f"{phase} needs", taken.required_bytes, budget)
+    if situation.below_bytes is not None and taken.required_bytes is not None:
+        most = taken.required_bytes + _unsure_bytes(taken)
+        if most >= situation.below_bytes:
+            return _too_near("it may need", most, situation.below_bytes)
     if taken.host_bytes is not None and ram is not None and taken.host_bytes > ram:
         return _host("it needs", taken.host_bytes, ram)
     return None
@@ -41,6 +45,8 @@ def of_least(least: Least, situation: Situation) -> Short | None:
     budget, ram = situation.budget_bytes, situation.host_budget_bytes
     if budget is not None and least.required_bytes > budget:
         return _device("it needs at least", least.required_bytes, budget)
+    if situation.below_bytes is not None and least.required_bytes >= situation.below_bytes:
+        return _too_near("it needs at least", least.required_bytes, situation.below_bytes)
     if ram is not None and least.host_bytes > ram:
         return _host("it needs at least", least.host_bytes, ram)
     return None
@@ -53,6 +59,21 @@ def _device(needs: str, wanted: int, budget: int) -> Short:
         wanted - budget,
         f"{needs} {format_size(wanted)} on the card, the budget is {format_size(budget)}: {over} short",
         f"free {over} on the card, ask for a smaller picture, or offload more",
+    )
+
+
+def _unsure_bytes(taken: Estimate) -> int:
+    """Return how much more a run may need than it is estimated to: to the upper end of its interval."""
+    high, peak = taken.interval.high_bytes, taken.peak_allocated_bytes
+    return 0 if high is None or peak is None else max(0, high - peak)
+
+
+def _too_near(needs: str, wanted: int, below: int) -> Short:
+    return Short(
+        "estimate.below",
+        wanted - below + 1,
+        f"{needs} {format_size(wanted)} on the card, and what was to need {format_size(below)} ran out of memory there",
+        "free memory on the card, or ask for a smaller picture",
     )
 
 

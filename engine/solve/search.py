@@ -48,7 +48,9 @@ def choose(situation: Situation, profiles: Sequence[Profile]) -> Decision:
             rejected.append(reason.of(profile))
             continue
         spaces = spaces or _Spaces(situation, rules)
-        for candidate, reason in spaces.of(profile):
+        for candidate, ruled_out in spaces.of(profile):
+            # What happened is asked anew each time: it depends on what is free, and rules do not.
+            reason = ruled_out or judge.remembered(candidate, situation)
             if reason is not None:
                 rejected.append(reason.of(profile))
             elif candidate.key in runs:

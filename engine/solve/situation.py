@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.facts.model import Model
+from engine.history import RanOut
+from engine.units import format_size
 from engine.values import Estimate, FrozenDict, Gpu, Note, Profile, Rejection, Request, Step
 
 if TYPE_CHECKING:
@@ -31,6 +33,10 @@ class Situation:
     sizes: Callable[[str], Mapping[str, int]] = field(default=lambda dtype: FrozenDict())
     """Bytes of the weights of each component in a dtype; empty where they are not known."""
     budget_bytes: int | None = None
+    below_bytes: int | None = None
+    """Only what surely needs less than that of the card is chosen: what was to need so much ran out of memory."""
+    ran_out: Mapping[str, RanOut] = field(default_factory=FrozenDict)
+    """What ran out of memory on this card under this request, by the steps that acted, as text."""
     host_budget_bytes: int | None = None
     gpus: int = 1
     platform: str | None = None
@@ -38,6 +44,14 @@ class Situation:
     @property
     def device(self) -> str:
         return "cpu" if self.gpu is None else "cuda"
+
+    def lost(self, acting: str) -> str | None:
+        """Return that these steps, as text, ran out of memory here with no less room than there is now; else None."""
+        before, budget = self.ran_out.get(acting), self.budget_bytes
+        if before is None or budget is None or before.room_bytes < budget:
+            return None
+        room = format_size(before.room_bytes)
+        return f"it ran out of memory here on {before.when[:10]} with {room} for it, and has {format_size(budget)} now"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
