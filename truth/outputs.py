@@ -57,6 +57,7 @@ _VARIANTS: dict[str, dict[str, tuple[Step, ...]]] = {
         "fp8": (_step("layerwise_casting"),),
         "text and denoiser in fp8": cases.CASTS["text and denoiser in fp8"][:1],
     },
+    "attention_backend": {"_native_math": (_step("attention_backend", backend="_native_math"),)},
     "group_offload": {n: (s,) for n, s in cases.PLACEMENTS.items() if s.name == "group_offload"},
 }
 """The optimizers that act in several ways, by what tells them apart; all others are taken with their defaults."""
@@ -166,6 +167,7 @@ def plain(case: Case) -> Case:
 
 
 SUMS = {
+    "attention_backend": "another kernel takes its sums in another order",
     "fuse_qkv": "three products become one, whose sums the CPU's library may take in another order",
     "vae_slicing": "convolutions of one picture and of a batch take their sums in another order",
 }
