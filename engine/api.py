@@ -6,10 +6,13 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from engine import arguments, calibration, cards, facts, history, plan, profiles, solve, versions
+from engine import arguments, calibration, cards, facts, history, pictures, plan, profiles, solve, versions
 from engine.arguments import StepLike
 from engine.errors import HardwareError, ModelError, NothingFitsError, UsageError
 from engine.estimate.estimator import Estimator
+from engine.facts import from_picture
+from engine.facts.loras import LoraLike
+from engine.facts.loras import read as read_loras
 from engine.facts.model import Component, Model
 from engine.plan import Plan
 from engine.units import format_size
@@ -37,6 +40,7 @@ def resolve(
     guidance: float | None = None,
     call: Mapping[str, Any] | None = None,
     components: Mapping[str, None] | None = None,
+    loras: Iterable[LoraLike] = (),
     pipeline_class: str | None = None,
     vram: int | str | None = None,
     host_ram: int | str | None = None,
@@ -59,12 +63,18 @@ def resolve(
     `host_ram` and `headroom` are bytes or text such as "12GiB". With `optimizers` the list is exact, else a profile is
     chosen (`profile` names the only one allowed). `components` names parts that are not loaded
     (`{"text_encoder_2": None}`: what it would give is handed in), `pipeline_class` another class of diffusers for the
-    same components. `device="cpu"` leaves a card alone; `hardware` replaces the probe. `told` is given a line before
-    something that takes seconds: the first dry run of a model at a size.
+    same components. `loras` are fused into the weights while they are loaded: "PATH", "PATH:weight" or (path, weight),
+    of a file in safetensors, a folder with one, or OWNER/MODEL on the hub. `device="cpu"` leaves a card alone;
+    `hardware` replaces the probe. `told` is given a line before something that takes seconds: the first dry run of a
+    model at a size.
+
+    `image` in the call is a picture to begin with: the path of a file, an image of PIL, or only its `width` and
+    `height` in pixels. The pipeline is then the one that begins with a picture, and the size is the picture's where
+    none is given. The plan keeps the size alone, and `Plan.run` is given the picture again.
 
     When nothing fits it raises nothing: `plan.fits` is false, and `plan.rejected` says why.
 
-    Raises: UsageError, ProfileError, IncompatibleError, ModelError, HardwareError.
+    Raises: UsageError, ProfileError, IncompatibleError, ModelError, HardwareError; FileError, for an `image`.
 
     >>> plan = resolve(height=128, width=128, device="cpu")
     >>> plan.profile.name, plan.fits
@@ -73,8 +83,11 @@ def resolve(
     if optimizers is not None and profile is not None:
         raise UsageError("a profile and an exact list of optimizers were given", do="give one of them")
     known = _changed(_model(model), components or {}, pipeline_class)
-    chain = () if profile is None else profiles.chain(profile)
     sizes = {"height": height, "width": width, "frames": frames, "steps": steps, "guidance": guidance}
+    begun: tuple[Note, ...] = ()
+    if (image := (call or {}).get("image")) is not None:
+        known, sizes, call, begun = _from_picture(known, sizes, call or {}, image)
+    chain = () if profile is None else profiles.chain(profile)
     request = _request(
         known,
         optimizers is not None,
@@ -82,6 +95,7 @@ def resolve(
         batch=arguments.count("batch", batch, arguments.MAX_BATCH) or 1,
         call=FrozenDict(arguments.plain("call", {**known.defaults.call, **(call or {})})),
         components=FrozenDict(components or {}),
+        loras=read_loras(loras, known),
         device=arguments.choice("device", device, arguments.DEVICES),
         gpu=None if gpu is None else str(gpu),
         vram_bytes=arguments.size("vram", vram),
@@ -98,9 +112,10 @@ def resolve(
         prompts_known=prompts_known,
     )
     arguments.refuse_bad_sizes(request, known)
+    arguments.refuse_bad_strength(request)
     arguments.refuse_contradictions(request, sizes, call or {}, optimizers)
     listed = None if optimizers is None else tuple(map(arguments.step, optimizers))
-    notes = (_GUIDANCE_NOTE,) if guidance is not None and known.ignores_guidance else ()
+    notes = (*begun, _GUIDANCE_NOTE) if guidance is not None and known.ignores_guidance else begun
     if listed is None and not chain:
         notes = (*notes, *_passed_over())
     return _solved(known, request, cards.snapshot(request, hardware), listed, chain, notes, told)
@@ -129,6 +144,7 @@ def again(
     `below_bytes`: only what needs less than that of the card, up to the upper end of its interval, is chosen. Without
     `may_run` a dry run that was not made yet is not made: `engine.estimate.store.NotTraced`.
     """
+    request = _fitted(request)
     chain = () if request.profile is None else profiles.chain(request.profile)
     listed = made.optimizers if request.exact else None
     return _solved(
@@ -333,6 +349,46 @@ def _changed(known: Model, components: Mapping[str, None], pipeline_class: str |
     if pipeline_class is not None and not isinstance(pipeline_class, str):
         raise UsageError(f"pipeline_class must be the name of a class, not {pipeline_class!r}")
     return known if pipeline_class is None else dataclasses.replace(known, pipeline_class=pipeline_class)
+
+
+def _from_picture(
+    known: Model, sizes: Mapping[str, Any], call: Mapping[str, Any], image: Any
+) -> tuple[Model, dict[str, Any], dict[str, Any], tuple[Note, ...]]:
+    """Return model, sizes and call of a run that begins with a picture, and what is done to the picture.
+
+    Raises: UsageError, for a model that cannot begin with one; FileError, for a file that is none.
+    """
+    made_by = from_picture.pipeline_for(known.pipeline_class)
+    if made_by is None:
+        raise UsageError(
+            f"{known.pipeline_class} does not begin with a picture",
+            "diffusers has no pipeline that does so with the components of this model",
+            "leave the image out, or take another model (FLUX, Stable Diffusion, Qwen-Image, …)",
+        )
+    known = dataclasses.replace(known, pipeline_class=made_by)
+    picture = None if isinstance(image, Mapping) else pictures.read(image)
+    size = arguments.picture_size(image) if picture is None else picture.size
+    sizes = dict(sizes)
+    if from_picture.is_fitted(made_by):
+        usual = known.defaults
+        most = usual.height * usual.width if usual.height and usual.width else None
+        high, wide = (
+            arguments.count(n, call.get(n) if sizes[n] is None else sizes[n], arguments.MAX_SIDE_PX)
+            for n in ("height", "width")
+        )
+        sizes["height"], sizes["width"] = pictures.size_to_draw(size, high, wide, known.size_multiple, most)
+        size = sizes["width"], sizes["height"]
+    taken = dict(zip(pictures.SIZE, size, strict=True))
+    told = () if picture is None else (Note(kind="image", optimizer=None, because=pictures.told(picture, taken)),)
+    return known, sizes, {**call, "image": FrozenDict(taken)}, told
+
+
+def _fitted(request: Request) -> Request:
+    """Return a request whose picture is of the size that is drawn, where it has to be."""
+    size = {"width": request.width, "height": request.height}
+    if "image" not in request.call or not from_picture.is_fitted(request.pipeline_class or "") or None in size.values():
+        return request
+    return dataclasses.replace(request, call=FrozenDict({**request.call, "image": FrozenDict(size)}))
 
 
 def _request(known: Model, is_exact: bool, asked: Mapping[str, Any], **checked: Any) -> Request:

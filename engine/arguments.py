@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from engine import optimizers
 from engine.errors import UsageError
+from engine.facts import from_picture
 from engine.facts.model import Model, nearest_sizes
 from engine.units import parse_size
 from engine.values import Request, Step
@@ -94,6 +96,43 @@ def plain(name: str, value: Any) -> Any:
             f"{name} holds what is no plain value", str(error)[:200], "give numbers, text, lists and mappings of them"
         ) from None
     return value
+
+
+def picture_size(given: Mapping[str, Any]) -> tuple[int, int]:
+    """Return (width, height) of a picture to begin with, of which nothing else is known."""
+    if set(given) != {"width", "height"}:
+        raise UsageError(
+            "the image has more or less than a size", do='write {"width": 640, "height": 480}, or the path of a file'
+        )
+    wide, high = (count(f"the image's {n}", given[n], MAX_SIDE_PX) for n in ("width", "height"))
+    if wide is None or high is None:
+        raise UsageError("the image has no size", do='write {"width": 640, "height": 480}')
+    return wide, high
+
+
+def refuse_bad_strength(request: Request) -> None:
+    """Refuse a `strength` that nothing takes, or that leaves no step to take."""
+    strength, made_by = request.call.get("strength"), request.pipeline_class or ""
+    if strength is None:
+        return
+    if made_by in from_picture.REDRAWING:
+        raise UsageError(
+            "there is a strength, and no image",
+            "it says how much of an image is drawn anew",
+            "give one with --image, or leave the strength out",
+        )
+    if from_picture.pipeline_for(made_by) is None or not from_picture.takes_strength(made_by):
+        return  # whether its call takes one is seen there
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
+        raise UsageError(
+            f"the strength is {strength!r}", "it is a share of the steps, above 0 and at most 1", "give 0.6, say"
+        )
+    if request.steps is not None and from_picture.steps_taken(made_by, request.steps, strength) < 1:
+        raise UsageError(
+            f"a strength of {strength:g} leaves none of {request.steps} steps",
+            "so large a share of the steps is taken, rounded down",
+            f"give at least {math.ceil(1000 / request.steps) / 1000:g}, or more steps",
+        )
 
 
 def refuse_bad_sizes(request: Request, model: Model) -> None:

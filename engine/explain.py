@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from engine import optimizers
 from engine.plan import Plan
 from engine.units import format_size
 from engine.values import Note, Rejection, Step
+from engine.words import listing
 
 _MOST_LINES = 14
 _OF_A_STEP = {"no_effect": "no effect", "degrades": "at a price", "required": "added", "undecided": "open"}
@@ -142,7 +144,8 @@ def _row(label: str, text: str) -> str:
 
 def _model(plan: Plan) -> str:
     name = "the embedded model" if plan.request.model == "embedded" else plan.request.model
-    return f"{name} ({plan.request.pipeline_class})"
+    loras = [f"{Path(lora.path).name} at {lora.weight:g}" for lora in plan.request.loras]
+    return f"{name} ({plan.request.pipeline_class})" + (f"\nwith the LoRA {listing(loras)}" if loras else "")
 
 
 def picture(plan: Plan) -> str:

@@ -141,7 +141,7 @@ class Plan:
 
         return lockfile.write(self, path)
 
-    # The three doors to the torch edge. Everything else about a plan is plain data.
+    # The four doors to the torch edge. Everything else about a plan is plain data.
 
     def load(self) -> Any:
         """Return the model's pipeline, loaded as planned, with every optimizer applied and verified.
@@ -155,11 +155,24 @@ class Plan:
     def apply(self, pipe: Any) -> Any:
         """Return `pipe`, a pipeline that the caller has loaded, with every optimizer applied and verified.
 
-        Raises: IncompatibleError, when a step that acts while loading is not already true of it.
+        Where this was done before it is only verified again.
+
+        Raises: IncompatibleError, when a step that acts while loading is not already true of it, its components are
+            others than were planned, or something was done to it that the plan does not say.
         """
         from engine.run import load
 
         return load.apply(self, pipe)
+
+    def undo(self, pipe: Any) -> None:
+        """Take back what `load` or `apply` of this plan did to `pipe`, the last step first.
+
+        Raises: IncompatibleError, when it was not applied to `pipe`; and, before anything is touched, when a step
+            cannot be taken back (`layerwise_casting`, `group_offload`).
+        """
+        from engine.run import load
+
+        load.undo(self, pipe)
 
     def run(
         self,
@@ -167,22 +180,29 @@ class Plan:
         *,
         seed: int | None = None,
         num_images: int | None = None,
+        image: Any = None,
     ) -> Iterator[Image | Video]:
         """Load, and yield the pictures or videos of each prompt in turn; each carries its seed and prompt in `.info`.
 
         A prompt is a text, or an object with `prompt` and, where they differ from the run's, `negative_prompt`, `seed`
-        and `num_images`: how many of it are made, by default as many as the plan's batch.
+        and `num_images`: how many of it are made, by default as many as the plan's batch. `image`
+        is the picture to begin with, as a path or an image of PIL, where the plan was made with one: it keeps its size.
 
-        Raises: UsageError, ModelError, HardwareError, IncompatibleError, OutOfMemoryError, NothingFitsError.
+        Raises: UsageError, ModelError, HardwareError, IncompatibleError, OutOfMemoryError, NothingFitsError; FileError,
+            for an image that is none.
         """
         from engine.run import generate
 
-        return generate.run(self, prompts, seed=seed, num_images=num_images)
+        return generate.run(self, prompts, seed=seed, num_images=num_images, image=image)
 
 
 def digest(request: Request, profile: ProfileRef | None, steps: tuple[Step, ...]) -> str:
     """Return the SHA-256 of what would be run: model, revision, request, profile and optimizers, not what was seen."""
     asked = {k: v for k, v in dataclasses.asdict(request).items() if k not in _SEEN}
+    if request.loras:  # by what is in them, wherever they lie
+        asked["loras"] = [{"sha256": lora.sha256, "weight": lora.weight} for lora in request.loras]
+    else:  # digests are what they were before there were LoRAs
+        del asked["loras"]
     named = None if profile is None else {"name": profile.name, "version": profile.version}
     content = {"request": asked, "profile": named, "optimizers": [dataclasses.asdict(s) for s in steps]}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -39,7 +39,9 @@ class Repository:
     resumes: bool = True
     """Whether a request for the rest of a file is answered with the rest."""
     drips_s: float = 0.0
-    """Seconds between any two bytes of a file."""
+    """Seconds between any two pieces of a file."""
+    drip_bytes: int = 1
+    """How many bytes a piece has."""
     says_bytes: int | None = None
     """What is said of a file's size, in place of the truth."""
 
@@ -177,6 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers,
             is_cut=is_cut,
             drips_s=repository.drips_s,
+            drip_bytes=repository.drip_bytes,
             says_bytes=repository.says_bytes,
         )
 
@@ -192,6 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
         *,
         is_cut: bool = False,
         drips_s: float = 0.0,
+        drip_bytes: int = 1,
         says_bytes: int | None = None,
     ) -> None:
         self.send_response(status)
@@ -202,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         shown = body[: len(body) // 2] if is_cut else body
-        pieces = [shown] if not drips_s else [shown[i : i + 1] for i in range(len(shown))]
+        pieces = [shown] if not drips_s else [shown[i : i + drip_bytes] for i in range(0, len(shown), drip_bytes)]
         try:
             for piece in pieces:
                 self.wfile.write(piece)

@@ -95,6 +95,7 @@ FLAGS: dict[str, tuple[int, list[str], list[str]]] = {
 BESIDE_PLAN = {
     "--auto": [],
     "--model": ["x"],
+    "--lora": ["x"],
     "--height": ["64"],
     "--width": ["64"],
     "--batch_size": ["1"],
@@ -102,6 +103,7 @@ BESIDE_PLAN = {
     "--num_inference_steps": ["8"],
     "--guidance_scale": ["1"],
     "--negative_prompt": ["x"],
+    "--strength": ["0.5"],
     "--call": ["a=1"],
     "--device": ["cpu"],
     "--gpu": ["0"],
@@ -153,7 +155,7 @@ def test_every_option_is_allowed_beside_a_locked_plan_or_refused() -> None:
     from engine.cli import generate
 
     known = {a.option_strings[0] for a in generate.parser()._actions} - {"-h", "--version"}
-    job = {"--prompt", "--prompts", "--num_images", "--seed", "--output", "--debug"}
+    job = {"--prompt", "--prompts", "--image", "--num_images", "--seed", "--output", "--debug"}
     assert known == {*BESIDE_PLAN, "--plan", "--like"} | job
 
 

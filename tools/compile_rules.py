@@ -127,7 +127,7 @@ def _is_compiled(rule: Rule) -> bool:
 def _is_seen(subject: Subject) -> bool:
     """Whether the conditions of a subject can be seen in the step itself."""
     own = {p.name for p in optimizers.spec(subject.optimizer).params}
-    return all(name in own and "unlike" not in _forms(wanted) for name, wanted in subject.params)
+    return all(name in own and not {"unlike", "holds"}.intersection(_forms(wanted)) for name, wanted in subject.params)
 
 
 def _forms(wanted: Any) -> tuple[str, ...]:

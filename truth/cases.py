@@ -33,11 +33,11 @@ class Case:
         sizes = " ".join(f"{k}={v}" for k, v in self.call.items())
         return ", ".join(filter(None, (self.architecture, self.dtype, sizes, *map(str, self.steps))))
 
-    def made(self) -> tuple[Any, dict[str, Any]]:
-        """Return its pipeline on the CPU, in its dtype, and the arguments of its call."""
+    def made(self, *, small_tiles: bool = True) -> tuple[Any, dict[str, Any]]:
+        """Return its pipeline on the CPU, in its dtype, and the arguments of its call; `small_tiles` as there."""
         import torch
 
-        pipe, usual = pipelines.made(self.architecture)
+        pipe, usual = pipelines.made(self.architecture, small_tiles=small_tiles)
         for component in pipe.components.values():
             if isinstance(component, torch.nn.Module):
                 component.to(getattr(torch, self.dtype))
@@ -132,7 +132,7 @@ def every_tile(architectures: Iterable[str] | None = None) -> Iterator[Case]:
     """Yield every architecture with its VAE in tiles that are smaller than the library's own, and a batch in slices."""
     for name, placement in itertools.product(architectures or pipelines.ALL, _TILED):
         tile, sizes = TILES.get(name, (32, {}))
-        is_batch = placement != "resident" and "num_frames" not in _usual_call(name)
+        is_batch = placement != "resident" and "num_frames" not in usual_call(name)
         sliced = (_step("vae_slicing"),) if is_batch else ()
         steps = (*sliced, _step("vae_tiling", tile=tile), PLACEMENTS[placement])
         more = {"num_images_per_prompt": 2} if is_batch else {}
@@ -177,12 +177,18 @@ def random_cases(seed: int) -> Iterator[Case]:
 
 
 @cache
-def _usual_call(name: str) -> FrozenDict:
+def usual_call(name: str) -> FrozenDict:
+    """Return the arguments of an architecture's usual call."""
     return FrozenDict(pipelines.made(name)[1])
 
 
+def batch_argument(name: str) -> str:
+    """Return what an architecture's call takes for how many it draws of a prompt."""
+    return "num_videos_per_prompt" if "num_frames" in usual_call(name) else "num_images_per_prompt"
+
+
 def _sizes(name: str, draw: random.Random) -> FrozenDict:
-    usual = _usual_call(name)
+    usual = usual_call(name)
     sizes: dict[str, Any] = {"num_inference_steps": draw.choice((2, 3, 4))}
     if "height" in usual:
         sizes |= {"height": draw.choice(_SIDES), "width": draw.choice(_SIDES)}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from engine import optimizers
@@ -20,6 +22,17 @@ from engine.run.progress import Quiet
 from truth import device, saved
 from truth.cases import Case
 from truth.seen import Phase, Seen
+
+SEED = 0
+"""Each call begins at this state of the device's random numbers, so that calls can be compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of a pipeline: what it drew, as numbers from 0 to 1, and the most on the device meanwhile."""
+
+    picture: np.ndarray
+    peak_bytes: int
 
 
 def _apply(pipe: Any, case: Case) -> None:
@@ -35,6 +48,14 @@ def executed(case: Case) -> Seen:
 
     Raises: IncompatibleError, for a step that cannot act on its pipeline; torch.OutOfMemoryError, or our own of stages.
     """
+    return drawn(case, 1)[0]
+
+
+def drawn(case: Case, calls: int) -> tuple[Seen, tuple[Call, ...]]:
+    """Return what a case held to the end of its first call, and all its calls, of one pipeline one after the other.
+
+    Raises: as `executed`.
+    """
     device.load()
     gc.collect()
     before = device.counts().live_bytes
@@ -42,18 +63,31 @@ def executed(case: Case) -> Seen:
     pipe, call = case.made()
     run = _run_in_stages if staged_encoding.is_in(case.steps) else _run
     with torch.no_grad(), no_collection():
-        watch = run(case, pipe, call, before)
-    return Seen(phases=tuple(watch.phases), pinned_bytes=watch.pinned_bytes)
+        watch, first, again = run(case, pipe, call, before)
+        seen = Seen(phases=tuple(watch.phases), pinned_bytes=watch.pinned_bytes)
+        made = [Call(first, seen.peak_bytes)]
+        for _ in range(1, calls):
+            device.reset_peak()
+            picture = again()
+            made.append(Call(picture, device.counts().peak_bytes - before))
+    return seen, tuple(made)
 
 
-def _run(case: Case, pipe: Any, call: dict[str, Any], before: int) -> _Watch:
+_Draw = Callable[[], np.ndarray]
+
+
+def _run(case: Case, pipe: Any, call: dict[str, Any], before: int) -> tuple[_Watch, np.ndarray, _Draw]:
     _apply(pipe, case)
+
+    def draw() -> np.ndarray:
+        return drawing(pipe, call)
+
     with _watched(_modules(pipe), before) as watch:
-        pipe(**call)
-    return watch
+        first = draw()
+    return watch, first, draw
 
 
-def _run_in_stages(case: Case, pipe: Any, call: dict[str, Any], before: int) -> _Watch:
+def _run_in_stages(case: Case, pipe: Any, call: dict[str, Any], before: int) -> tuple[_Watch, np.ndarray, _Draw]:
     """The run itself, as it is made: every component is loaded from a folder, in stages."""
     here = Context(device=device.NAME, dtype=case.dtype)
     watch = _Watch({}, before)
@@ -65,10 +99,21 @@ def _run_in_stages(case: Case, pipe: Any, call: dict[str, Any], before: int) -> 
     whole = saved.parts_of_case(case, pipe, watch.add)
     found = staged.first(whole, case.steps, wanted, here, Quiet())
     rest = staged.second(whole, case.steps, found, here, Quiet())
-    with stages.given(rest, found.encoded[0], device.NAME):
-        rest(**call)
+
+    def draw() -> np.ndarray:
+        with stages.given(rest, found.encoded[0], device.NAME):
+            return drawing(rest, call)
+
+    first = draw()
     watch.close()
-    return watch
+    return watch, first, draw
+
+
+def drawing(pipe: Any, call: Mapping[str, Any]) -> np.ndarray:
+    """Return what a call of a pipeline draws: pictures, or frames; from the same noise every time."""
+    torch.manual_seed(SEED)
+    output = pipe(**call)
+    return np.asarray(output.images if hasattr(output, "images") else output.frames)
 
 
 def _modules(pipe: Any) -> dict[str, torch.nn.Module]:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 from truth import device
-from truth.cases import Case
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -30,7 +30,7 @@ def prepare() -> None:
     gc.freeze()  # what the libraries are made of is not looked through again at every collection: a third of the time
 
 
-def each(what: Callable[[Case], T], cases: Sequence[Case], jobs: int) -> Iterator[T]:
+def each(what: Callable[[S], T], cases: Sequence[S], jobs: int) -> Iterator[T]:
     """Yield `what` of each case, in their order; it is a function of a module, so that other processes find it."""
     if jobs == 1:
         prepare()

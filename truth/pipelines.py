@@ -578,12 +578,16 @@ def _small_tiles(vae: Any) -> None:
             setattr(vae, f"tile_sample_stride_{side}", 48)
 
 
-def made(name: str) -> tuple[Any, Call]:
-    """Return a pipeline of that name, its random weights always the same, and the arguments of a small call."""
+def made(name: str, *, small_tiles: bool = True) -> tuple[Any, Call]:
+    """Return a pipeline of that name, its random weights always the same, and the arguments of a small call.
+
+    `small_tiles`: its VAE's own tiles are smaller than its class has them.
+    """
     torch.manual_seed(0)
     pipe, call = ALL[name]()
     pipe.set_progress_bar_config(disable=True)
-    _small_tiles(pipe.vae)
+    if small_tiles:
+        _small_tiles(pipe.vae)
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
             component.eval().requires_grad_(False)

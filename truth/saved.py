@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 
 from engine.facts import directory
+from engine.facts.model import Model
 from engine.run import parts
 from engine.run.parts import Parts
 from truth import pipelines
@@ -63,6 +64,13 @@ def folder(architecture: str) -> Path:
     atexit.register(shutil.rmtree, where, ignore_errors=True)
     save(pipelines.made(architecture)[0], where)
     return where
+
+
+@functools.cache
+def model(architecture: str) -> Model:
+    """Return what is known of a pipeline of `pipelines.ALL` before it is loaded."""
+    where = folder(architecture)
+    return directory.read(where, architecture)
 
 
 def save(pipe: Any, where: Path) -> None:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import engine
-from engine import arguments, cards, prompts
+from engine import arguments, cards, pictures, prompts
 from engine.cli import options
 from engine.errors import UsageError
+from engine.pictures import Picture
 from engine.plan import Plan
 from engine.prompts import Prompt
 from engine.units import format_size
@@ -33,6 +34,7 @@ examples:
   dg-run --auto --model black-forest-labs/FLUX.1-schnell --prompt "a lighthouse at dusk" --output lighthouse.png
   dg-run --auto --prompts prompts.txt --num_images 2 --output pictures/
   dg-run --prompt "a lighthouse at dusk" --model DIR --torch_dtype bfloat16 --enable_cpu_offload
+  dg-run --auto --image in.png --strength 0.6 --prompt "a green square on a yellow background"
   dg-run --like lighthouse.png --seed 8
 
 commands:
@@ -54,7 +56,7 @@ def parser() -> options.Parser:
         "--plan",
         type=Path,
         metavar="FILE",
-        help="run a locked plan, exactly (`dg-run plan --lock FILE`); only prompts, seed and output go with it",
+        help="run a locked plan, exactly (`dg-run plan --lock FILE`); prompts, image, seed and output go with it",
     )
     made.add_argument(
         "--like",
@@ -76,12 +78,14 @@ class Job:
     num_images: int | None
     seed: int | None
     output: str | None
+    picture: Picture | None
+    """What all of them begin with."""
     file: Path | None
     """The file of the prompts: a run of one is numbered into a folder."""
     debug: bool
 
 
-_OF_A_JOB = ("prompt", "prompts", "num_images", "seed", "output", "debug")
+_OF_A_JOB = ("prompt", "prompts", "image", "num_images", "seed", "output", "debug")
 
 
 def run(argv: list[str]) -> int:
@@ -93,11 +97,13 @@ def run(argv: list[str]) -> int:
     given = made.read(argv)
     if given.like is not None:
         return _like(given)
-    job = _job(given, _prompts(given))
+    several = _prompts(given)
     if given.plan is not None:
-        return _locked(given, job)
+        return _locked(given, _job(given, several, _picture(given)))
     guide = options.constraints(given) if given.auto else options.exact(given)
     wanted = options.request(given)
+    image = wanted["call"].get("image")
+    job = _job(given, several, image if isinstance(image, Picture) else None)
     if given.auto and given.force:
         raise UsageError("--force is for a list of your own", "with --auto only what fits is chosen", "leave one out")
     if wanted["gpu"] is not None or wanted["vram"] is not None:
@@ -125,7 +131,11 @@ def _prompts(given: argparse.Namespace) -> tuple[Prompt, ...]:
     return prompts.of(given.prompt)
 
 
-def _job(given: argparse.Namespace, several: tuple[Prompt, ...]) -> Job:
+def _picture(given: argparse.Namespace) -> Picture | None:
+    return None if given.image is None else pictures.read(given.image)
+
+
+def _job(given: argparse.Namespace, several: tuple[Prompt, ...], picture: Picture | None) -> Job:
     prompts.check_seed(given.seed)
     prompts.check_count(given.num_images)
     return Job(
@@ -133,6 +143,7 @@ def _job(given: argparse.Namespace, several: tuple[Prompt, ...]) -> Job:
         num_images=given.num_images,
         seed=given.seed,
         output=given.output,
+        picture=picture,
         file=given.prompts,
         debug=given.debug,
     )
@@ -161,7 +172,9 @@ def _like(given: argparse.Namespace) -> int:
     options.alone(given, "like", _OF_A_JOB, "an output is made again by the plan that is in it")
     found = like.read(given.like)
     is_new = given.prompt is not None or given.prompts is not None
-    job = _job(given, _prompts(given) if is_new else (found.prompt,))
+    job = _job(given, _prompts(given) if is_new else (found.prompt,), _picture(given))
+    if job.picture is not None and job.picture.sha256 != found.image:
+        _tell(f"note: {given.like} began with another picture than {given.image}")
     if job.seed is None:
         job = dataclasses.replace(job, seed=found.prompt.seed)
     if not is_new:
@@ -204,12 +217,13 @@ class Placed:
 
 
 def _draw(planned: Callable[[], Plan], job: Job) -> int:
-    from engine.run import load
+    from engine.run import calls, load
     from engine.run.progress import OnStderr
 
     told = OnStderr()
     plan = planned()
     load.refuse_unfit(plan)
+    calls.refuse_missing(plan.request, job.picture)
     found = _placed(plan, job, told)
     with found.place.held():
         missing = found.place.missing(plan, found.calls)
@@ -232,20 +246,23 @@ def _make(
 ) -> None:
     from engine.run import runner
 
-    peak_bytes = predicted_bytes = None
+    peak_bytes = predicted_bytes = fault = None
     for made in runner.run(plan, wanted, told, again=again, debug=debug):
         for item, output in made.each():
-            if (path := into.place.save(output, item, made.plan)) is None:
+            if (path := into.place.save(output, item, made.plan, is_broken=made.is_broken(item))) is None:
                 continue
             into.journal.add(made, item, path)
             told.say(f"seed {item.seed}, plan {made.plan.digest[:14]}")
             print(path, flush=True)
+        fault = made.fault or fault
         if made.peak_bytes is not None:
             peak_bytes = max(made.peak_bytes, peak_bytes or 0)
             predicted_bytes = made.plan.estimate.peak_allocated_bytes
     if peak_bytes is not None:
         beside = "none was predicted" if predicted_bytes is None else f"predicted {format_size(predicted_bytes)}"
         told.say(f"measured peak {format_size(peak_bytes)} allocated, {beside}")
+    if fault is not None:
+        raise fault
 
 
 def _placed(plan: Plan, job: Job, told: Progress) -> Placed:
@@ -256,12 +273,12 @@ def _placed(plan: Plan, job: Job, told: Progress) -> Placed:
     from engine.run import items, output, places
     from engine.run.journal import Journal
 
-    name, folder, seed = items.job(plan.request, job.prompts, job.num_images), _folder(job), job.seed
+    name, folder, seed = items.job(plan.request, job.prompts, job.num_images, job.picture), _folder(job), job.seed
     journal = None if folder is None else Journal(folder, told.say)
     if journal is not None and seed is None and (seed := journal.seed_of(name)) is not None:
         told.say(f"going on with the run in {folder} that began with seed {seed} (another one: --seed)")
     seed = items.new_seed() if seed is None else seed
-    calls = items.calls(job.prompts, seed, plan.request.batch, job.num_images)
+    calls = items.calls(job.prompts, seed, plan.request.batch, job.num_images, job.picture)
     count, suffix = sum(len(c.items) for c in calls), output.suffix(plan)
     place: Place
     if folder is not None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine import optimizers
+from engine import optimizers, pictures
 from engine.arguments import DEVICES, PREFERENCES, QUALITIES
 from engine.errors import IncompatibleError, UsageError
 from engine.values import Step
@@ -151,6 +151,13 @@ def _add_sizes(parser: Parser) -> None:
         metavar="ID|DIR",
         help="a directory, or OWNER/MODEL[@REVISION] on the hub (default: the embedded model)",
     )
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:WEIGHT]",
+        help="fuse a LoRA (safetensors: a file, a folder, OWNER/MODEL[/FILE] on the hub); repeatable",
+    )
     group.add_argument("--height", type=whole, metavar="PX")
     group.add_argument("--width", type=whole, metavar="PX")
     group.add_argument("--batch_size", type=whole, default=1, metavar="N", help="outputs at a time (default: 1)")
@@ -158,6 +165,12 @@ def _add_sizes(parser: Parser) -> None:
     group.add_argument("--num_inference_steps", type=whole, metavar="N", help="denoising steps")
     group.add_argument("--guidance_scale", type=number, metavar="X")
     group.add_argument("--negative_prompt", metavar="TEXT")
+    group.add_argument(
+        "--image", type=Path, metavar="FILE", help="a picture to begin with: the size is its own where none is given"
+    )
+    group.add_argument(
+        "--strength", type=number, metavar="X", help="how much of --image is drawn anew, from 0 to 1 (else the model's)"
+    )
     group.add_argument(
         "--call",
         action="append",
@@ -230,6 +243,7 @@ def request(options: argparse.Namespace) -> dict[str, Any]:
     call = _call(options)
     return {
         "model": options.model,
+        "loras": options.lora,
         "height": options.height,
         "width": options.width,
         "frames": options.num_frames,
@@ -246,10 +260,14 @@ def request(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _call(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the further arguments of the call. Raises: UsageError, for one that is given two values."""
+    """Return the further arguments of the call; an image is opened.
+
+    Raises: UsageError, for one that is given two values; FileError, for an image that is none.
+    """
     said: dict[str, tuple[str, Any]] = {}
-    if options.negative_prompt is not None:
-        said["negative_prompt"] = "--negative_prompt", options.negative_prompt
+    for flag in ("negative_prompt", "strength", "image"):
+        if (value := getattr(options, flag)) is not None:
+            said[flag] = f"--{flag}", value
     for text in options.call:
         name, value = _call_argument(text)
         if name in said and said[name][1] != value:
@@ -257,7 +275,10 @@ def _call(options: argparse.Namespace) -> dict[str, Any]:
                 f"{said[name][0]} and --call {text} contradict each other", f"both give {name}", "leave one of them out"
             )
         said[name] = f"--call {text}", value
-    return {name: value for name, (_, value) in said.items()}
+    call = {name: value for name, (_, value) in said.items()}
+    if isinstance(call.get("image"), str | Path):
+        call["image"] = pictures.read(call["image"])
+    return call
 
 
 def _refuse_contradictions(options: argparse.Namespace) -> None:

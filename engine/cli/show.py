@@ -40,7 +40,7 @@ def run(argv: list[str]) -> int:
 
 def _json(found: Found) -> str:
     prompt = {k: v for k, v in dataclasses.asdict(found.prompt).items() if k != "num_images"}
-    said = {"prompt": prompt.pop("text"), **prompt, "plan": json.loads(found.plan.to_json())}
+    said = {"prompt": prompt.pop("text"), **prompt, "image": found.image, "plan": json.loads(found.plan.to_json())}
     return json.dumps(said, indent=2, ensure_ascii=False)
 
 
@@ -51,7 +51,7 @@ def _text(path: Path, found: Found) -> str:
         None if asked.frames is None else f"{asked.frames} frames",
         None if asked.steps is None else f"{asked.steps} steps",
         None if asked.guidance is None else f"guidance {asked.guidance:g}",
-        *(f"{k}={v}" for k, v in asked.call.items() if k != "negative_prompt"),
+        *(f"{k}={v}" for k, v in asked.call.items() if k not in ("negative_prompt", "image")),
     ]
     card = plan.card
     profile = "a list of its own" if plan.profile is None else f"{plan.profile.name} {plan.profile.version}"
@@ -64,6 +64,7 @@ def _text(path: Path, found: Found) -> str:
     lines = {
         "prompt": found.prompt.text,
         "not": negative,
+        "image": found.image and f"sha256:{found.image[:12]}",
         "seed": str(found.prompt.seed),
         "model": asked.model + (f" at {asked.revision}" if asked.revision else ""),
         "size": ", ".join(filter(None, sizes)),
@@ -74,4 +75,5 @@ def _text(path: Path, found: Found) -> str:
         "versions": ", ".join(f"{n} {v}" for n, v in plan.versions.items() if v is not None),
     }
     told = [f"{path}"] + [f"  {name:<11}{text}" for name, text in lines.items() if text]
-    return "\n".join([*told, "", f"make it again: dg-run --like {path}"])
+    beside = " --image FILE" if found.image else ""
+    return "\n".join([*told, "", f"make it again: dg-run --like {path}{beside}"])

@@ -121,12 +121,13 @@ class _Table:
     def __init__(self, facts: Facts, dtype: str | None) -> None:
         self.always: list[_Active] = []
         self.by_name: dict[str, list[_Active]] = {}
+        whole_tile_px = None if facts.model is None else facts.model.whole_tile_px(facts.height, facts.width)
         for position, rule in enumerate(rules()):
             if not when.holds(rule.when, facts, dtype):
                 continue
             wanted = rule.when.get("component")
             names = None if wanted is None else when.components(wanted, facts.model)
-            active = _Active(position, rule, names, dtype)
+            active = _Active(position, rule, names, dtype, whole_tile_px)
             if not rule.subjects:
                 self.always.append(active)
             for name in active.triggers:
@@ -140,7 +141,14 @@ _Subject = tuple[str, tuple[Condition, ...]]
 class _Active:
     """One rule whose `when` holds. `components` are those that it holds for; None is the pipeline as a whole."""
 
-    def __init__(self, position: int, rule: Rule, components: frozenset[str] | None, dtype: str | None) -> None:
+    def __init__(
+        self,
+        position: int,
+        rule: Rule,
+        components: frozenset[str] | None,
+        dtype: str | None,
+        whole_tile_px: int | None,
+    ) -> None:
         self.position = position
         self.rule = rule
         self.components = components
@@ -150,7 +158,7 @@ class _Active:
         self.triggers = tuple(names)[:few]
         self.partners = self._partners()
         self._subjects, self._beside, self._needs = (
-            tuple((s.optimizer, s.conditions(dtype)) for s in subjects)
+            tuple((s.optimizer, s.conditions(dtype, whole_tile_px)) for s in subjects)
             for subjects in (rule.subjects, rule.beside, rule.needs)
         )
         self._pairs = tuple(combinations(self._subjects, 2))

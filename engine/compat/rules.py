@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 from engine import documents, optimizers, paths, validation
+from engine.facts import tiling
 from engine.values import FrozenDict
 
 
@@ -24,17 +25,22 @@ class Subject:
             return f"{self.optimizer}: {told[0].removeprefix('value: ')}"
         return f"{self.optimizer} ({', '.join(told)})" if told else self.optimizer
 
-    def conditions(self, dtype: str | None) -> tuple[Condition, ...]:
-        """Return what a step's parameters must be, in a run that computes in `dtype` (None: not known)."""
-        return tuple((name, *_condition(wanted, dtype)) for name, wanted in self.params)
+    def conditions(self, dtype: str | None, whole_tile_px: int | None) -> tuple[Condition, ...]:
+        """Return what a step's parameters must be, in a run that computes in `dtype` (None: not known).
+
+        `whole_tile_px` is the least tile that holds the whole picture; None: not known.
+        """
+        return tuple((name, *_condition(wanted, dtype, whole_tile_px)) for name, wanted in self.params)
 
 
-Condition = tuple[str, bool, tuple[Any, ...]]
+Condition = tuple[str, bool, Collection[Any]]
 """A parameter, and whether its value must be one of some or none of them. What is not given is None."""
 
 
-def _condition(wanted: Any, dtype: str | None) -> tuple[bool, tuple[Any, ...]]:
+def _condition(wanted: Any, dtype: str | None, whole_tile_px: int | None = None) -> tuple[bool, Collection[Any]]:
     if isinstance(wanted, Mapping):
+        if "holds" in wanted:
+            return True, () if whole_tile_px is None else frozenset(range(whole_tile_px, tiling.MOST_PX + 1))
         if "other_than" in wanted:
             return False, (None, "auto", *wanted["other_than"])
         # Unlike the dtype: named, and another; what the run itself decides is like it.
@@ -51,6 +57,8 @@ def accepted(wanted: Any, value: Any, dtype: str | None) -> bool:
 def _told(wanted: Any) -> str:
     if isinstance(wanted, Mapping):
         ((how, what),) = wanted.items()
+        if how == "holds":
+            return f"as large as the {what}"
         return f"not {_told(tuple(what))}" if how == "other_than" else f"unlike the {what}"
     if isinstance(wanted, tuple):
         return " or ".join(map(_told, wanted))

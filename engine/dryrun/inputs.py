@@ -88,7 +88,7 @@ def call(
     high, wide = height or usual.height or _SQUARE, width or usual.width or _SQUARE
     given |= _pictures(_pictures_of(pipe, taken), high, wide, frames or usual.frames or 1)
     given |= _results_of_others(pipe, taken, high, wide)
-    given |= extra
+    given |= {k: _picture_of(v) if k in _PICTURES else v for k, v in extra.items()}
     if (output := _output_type(taken, given.get("output_type"))) is not None:
         given["output_type"] = output
     missing = [n for n, p in taken.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -139,6 +139,13 @@ def _pictures(names: list[str], height: int, width: int, frames: int) -> dict[st
         picture = Image.new("L" if name in _MASKS else "RGB", (width, height))
         made[name] = [picture] * frames if name in _VIDEOS else picture
     return made
+
+
+def _picture_of(given: Any) -> Any:
+    """Return a picture where only the size of one is known: what is in it takes no memory."""
+    from PIL import Image
+
+    return Image.new("RGB", (given["width"], given["height"])) if isinstance(given, Mapping) else given
 
 
 def _results_of_others(pipe: Any, taken: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine import history, optimizers
 from engine.calibration import Calibration
@@ -14,7 +14,7 @@ from engine.estimate import store
 from engine.estimate.between import between, within
 from engine.estimate.ways import QUADRATIC, way
 from engine.facts.model import Model
-from engine.optimizers import placing
+from engine.optimizers import attention_backend, placing
 from engine.values import Estimate, Gpu, Request, Step
 
 if TYPE_CHECKING:
@@ -59,13 +59,15 @@ class Estimator:
         self._may_run = may_run
         self._keys: dict[tuple[str, ...], str] = {}
         self._answers: dict[str, store.Answers] = {}
-        self._stored = {n: c.stored_dtype for n, c in model.components.items()}
+        # What a LoRA is fused into is no page of its file any more.
+        changed = {n for lora in request.loras for n in lora.components}
+        self._stored = {n: None if n in changed else c.stored_dtype for n, c in model.components.items()}
         self._card = None if gpu is None else store.card_key(gpu, request, self._stored, self._measured_by)
-        self._speed: Speeds | None = None
+        self._speed: dict[bool, Speeds | None] = {}
         self._ways: dict[tuple[str, str], Trace] = {}
         self._beside: dict[tuple[str, ...], tuple[Estimator, Estimator, float] | None] = {}
         self._found: dict[str, Estimate] = {}
-        self._bounded: dict[tuple[str, ...], tuple[Bounds, dict[str, float] | None] | None] = {}
+        self._bounded: dict[tuple[Any, ...], tuple[Bounds, dict[str, float] | None] | None] = {}
 
     def __call__(self, steps: Sequence[Step]) -> Estimate:
         """Return what a run under these steps takes; every field None where it is not known.
@@ -130,7 +132,7 @@ class Estimator:
         # plan says must not depend on what was asked before.
         others = tuple(s for s in changes if s.name != "vae_tiling")
         is_own = others == changes
-        found = self._bounds(dtype, others, way(steps) if is_own else "")
+        found = self._bounds(dtype, others, way(steps) if is_own else "", _is_tf32(steps))
         if found is None:
             return None
         bounds, seconds = found
@@ -142,7 +144,7 @@ class Estimator:
             steps,
             context_bytes=self._context,
             computing_s=computing,
-            speed=self._speeds(),
+            speed=self._speeds(_is_tf32(steps)),
             denoising_steps=self.request.steps,
             is_own=is_own,
         )
@@ -155,7 +157,7 @@ class Estimator:
         if any(s.name == "vae_tiling" for s in _changes(steps)):
             plain = [s for s in steps if s.name != "vae_tiling"]
             found = self.timed(plain)
-            bounds = self._bounds(_dtype(plain), _changes(plain), "")
+            bounds = self._bounds(_dtype(plain), _changes(plain), "", _is_tf32(plain))
             saved = 0.0 if bounds is None or bounds[1] is None else bounds[1][QUADRATIC]
             return None if found is None else max(0.0, found - saved)
         dtype, changes = _dtype(steps), _changes(steps)
@@ -176,7 +178,7 @@ class Estimator:
             from engine.estimate import whole
 
             along = self._along(key, trace, way(steps))
-            speed = self._speeds()
+            speed = self._speeds(_is_tf32(steps))
             found = whole.seconds_of(along, steps, speed, dtype=dtype, denoising_steps=self.request.steps)
             answers.keep(name, found)
         seconds = answers.note(name)
@@ -211,18 +213,18 @@ class Estimator:
         capability = None if self.gpu is None else self.gpu.compute_capability
         return None if capability is None else workspaces.context_bytes(capability, self.calibration)
 
-    def _speeds(self) -> Speeds | None:
-        if self._speed is None and self.gpu is not None:
+    def _speeds(self, is_tf32: bool) -> Speeds | None:
+        if is_tf32 not in self._speed and self.gpu is not None:
             from engine.estimate import clock
 
-            self._speed = clock.speeds(self.gpu, "value", self.calibration)
-        return self._speed
+            self._speed[is_tf32] = clock.speeds(self.gpu, "value", self.calibration, tf32=is_tf32)
+        return self._speed.get(is_tf32)
 
     def _bounds(
-        self, dtype: str, changes: tuple[Step, ...], along: str
+        self, dtype: str, changes: tuple[Step, ...], along: str, is_tf32: bool = False
     ) -> tuple[Bounds, dict[str, float] | None] | None:
         """Return the bounds of one way through a trace, and the seconds by phase with everything on the device."""
-        asked = dtype, along, *map(str, changes)
+        asked = is_tf32, dtype, along, *map(str, changes)
         if asked in self._bounded:
             return self._bounded[asked]
         from engine.estimate.bounds import Bounds, of_trace
@@ -230,7 +232,7 @@ class Estimator:
         key = self._key(dtype, changes)
         answers = self._answers_of(key)
         bounds_name = f"bounds {along} {sorted(self.request.components)}"
-        seconds_name = f"{self._card} computing {along}"
+        seconds_name = f"{self._card} computing {along}{' in tf32' if is_tf32 else ''}"
         kept, seconds = answers.note(bounds_name), answers.note(seconds_name)
         bounds = None
         with contextlib.suppress(TypeError, KeyError, AttributeError):
@@ -243,7 +245,7 @@ class Estimator:
 
             trace = trace.along(along).without(self.request.components)
             bounds = of_trace(trace)
-            seconds = whole.computing_seconds(trace, self._speeds(), self.request.steps)
+            seconds = whole.computing_seconds(trace, self._speeds(is_tf32), self.request.steps)
             answers.keep(bounds_name, bounds.to_json())
             answers.keep(seconds_name, seconds)
         self._bounded[asked] = bounds, seconds
@@ -294,6 +296,18 @@ class Estimator:
             return "a pipeline object is taken as it is; plan by its model's name or directory"
         if any(s.name == "xdit" for s in steps):
             return "xdit runs on several cards, and estimates are of one"
+        return self._unknown_attention(steps)
+
+    def _unknown_attention(self, steps: Sequence[Step]) -> str | None:
+        """Return whose kernel of attention was never looked into on this card, or None."""
+        from engine.estimate import workspaces
+
+        named = {s.params["backend"] for s in steps if s.name == "attention_backend"}
+        if others := sorted(named & set(attention_backend.PACKAGES)):
+            return f"what the kernels of {', '.join(others)} hold is not known"
+        capability = None if self.gpu is None else self.gpu.compute_capability
+        if "_native_cudnn" in named and (capability is None or not workspaces.cudnn_attends(capability)):
+            return "what cuDNN's attention holds is known of compute capability 9.0 and 10.0 only"
         return None
 
     def _key(self, dtype: str, changes: tuple[Step, ...]) -> str:
@@ -360,6 +374,10 @@ class Estimator:
 def _dtype(steps: Sequence[Step]) -> str:
     """Return the dtype that steps load in: float32, as the libraries do, where none says."""
     return next((str(s.params["value"]) for s in steps if s.name == "dtype"), "float32")
+
+
+def _is_tf32(steps: Sequence[Step]) -> bool:
+    return any(s.name == "tf32" for s in steps)
 
 
 def _changes(steps: Sequence[Step]) -> tuple[Step, ...]:

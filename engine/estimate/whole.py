@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from engine import gpus, optimizers
 from engine.calibration import Calibration
@@ -115,11 +116,13 @@ def estimate(
     make = functools.partial(placed, along, steps, dtype)
     takes = functools.cache(lambda w: workspaces.taken(w, capability, units, calibration))
     usual = stream.build(along, make(), takes)
-    reserved = allocator.replay(usual.events, usual.sizes, marks=[i for i, _ in usual.marks], aside=usual.aside)
-    required = allocator.required_bytes(usual.events, usual.sizes, frozenset(usual.optional), aside=usual.aside)
+    how: dict[str, Any] = {"aside": usual.aside, "expandable_segments": _step(steps, "allocator") is not None}
+    reserved = allocator.replay(usual.events, usual.sizes, marks=[i for i, _ in usual.marks], **how)
+    required = allocator.required_bytes(usual.events, usual.sizes, frozenset(usual.optional), **how)
     context = workspaces.context_bytes(capability, calibration, copies_aside=bool(usual.aside))
     host = host_bytes(along, make(), stored, dtype)
-    by_host = {h: clock.speeds(gpu, h, calibration) for h in ("low", "value", "high")}
+    is_tf32 = _step(steps, "tf32") is not None
+    by_host = {h: clock.speeds(gpu, h, calibration, tf32=is_tf32) for h in ("low", "value", "high")}
     seconds = _seconds(along, make, by_host, along.usual_steps if denoising_steps is None else denoising_steps)
     placement = make()
     at_rest = placement.bytes_of(placement.resident())

@@ -7,6 +7,7 @@ again and again for ever. So its calls run in threads of their own, which are wa
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -14,7 +15,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from engine.facts.model import Model
 MAX_FILES = 2 * directory.MAX_COMPONENTS
 MAX_BYTES = 4 * directory.MAX_CONFIG_BYTES
 _COMMIT = re.compile(r"[0-9a-f]{40}\Z")
-_THREADS = "dg-run-hub"
+THREADS = "dg-run-hub"
+"""How the names of the threads begin that ask the hub."""
 
 
 def cached_snapshot(name: str, cache: Path, revision: str | None = None) -> Path | None:
@@ -66,19 +68,37 @@ def fetch(name: str, suggestion: str, cache: Path, revision: str | None = None) 
             "HF_HUB_OFFLINE is set, the cache does not hold it, and the catalogue does not know it",
             suggestion,
         )
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    # The base of HfHubHTTPError is the error of the HTTP library that this huggingface_hub uses (httpx, httpx2).
-    transport: type[Exception] = HfHubHTTPError.__mro__[1]
-    try:
+    with telling(name, revision, suggestion):
         folder = _download(name, revision or "main", cache)
+    return directory.read(folder, name, source="hub", revision=folder.name)
+
+
+@contextlib.contextmanager
+def telling(name: str, revision: str | None, suggestion: str) -> Iterator[None]:
+    """Say what huggingface_hub, the network or the hub refuses about a model. Raises: ModelError."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        yield
     # KeyError and its like: an answer that is not the hub's, from an HF_ENDPOINT that is something else.
-    except (transport, OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+    except (transport(), OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         cause: BaseException = error
         while isinstance(cause, LocalEntryNotFoundError) and cause.__cause__ is not None:
             cause = cause.__cause__
         raise _refusal(name, revision, cause, suggestion) from None
-    return directory.read(folder, name, source="hub", revision=folder.name)
+
+
+def transport() -> type[Exception]:
+    """Return the base of what the HTTP library raises that this huggingface_hub uses (httpx, httpx2)."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__mro__[1]
+
+
+def keep_quiet() -> None:
+    """Leave out what huggingface_hub remarks of downloads that are ours: the error says it, in one piece."""
+    for logger in ("huggingface_hub.file_download", "huggingface_hub.utils._http"):
+        logging.getLogger(logger).addFilter(_is_not_ours)  # once: the same filter is not added twice
 
 
 def _at(name: str, revision: str | None) -> str:
@@ -92,13 +112,12 @@ def _download(name: str, revision: str, cache: Path) -> Path:
     step_s = constants.HF_HUB_ETAG_TIMEOUT
     until = time.monotonic() + 3 * (step_s + constants.HF_HUB_DOWNLOAD_TIMEOUT)
     guard = _guard(until)
-    for logger in ("huggingface_hub.file_download", "huggingface_hub.utils._http"):
-        logging.getLogger(logger).addFilter(_is_not_ours)  # once: the same filter is not added twice
+    keep_quiet()
 
     def get(file: str, revision: str) -> str:
         return hf_hub_download(name, file, revision=revision, cache_dir=cache, etag_timeout=step_s, tqdm_class=guard)
 
-    info = _together([lambda: HfApi().model_info(name, revision=revision, timeout=step_s)], until)[0]
+    info = together([lambda: HfApi().model_info(name, revision=revision, timeout=step_s)], until)[0]
     files = [sibling.rfilename for sibling in info.siblings or ()]
     # Not every *.json: a tokenizer's can have megabytes, and says nothing about memory.
     wanted = [f for f in files if f.count("/") == 1 and f.endswith(tuple(f"/{c}" for c in directory.CONFIGS))]
@@ -110,9 +129,9 @@ def _download(name: str, revision: str, cache: Path) -> Path:
             else f"its repository has {len(wanted):,} configurations",
             "take the model in diffusers layout; often its name ends in -diffusers",
         )
-    _together([functools.partial(get, file, info.sha) for file in wanted], until)
+    together([functools.partial(get, file, info.sha) for file in wanted], until)
     # The index comes last: where it lies, all lies. And by the revision's own name, so that the cache knows that name.
-    folder = Path(_together([lambda: get(directory.INDEX, revision)], until)[0]).parent
+    folder = Path(together([lambda: get(directory.INDEX, revision)], until)[0]).parent
     if folder.name != info.sha:
         raise ModelError(
             f"{name} changed while it was being read",
@@ -124,7 +143,7 @@ def _download(name: str, revision: str, cache: Path) -> Path:
 
 def _is_not_ours(record: logging.LogRecord) -> bool:
     """Whether a remark is of a download that is not ours: what becomes of ours is said by the error, in one piece."""
-    return not (record.threadName or "").startswith(_THREADS)
+    return not (record.threadName or "").startswith(THREADS)
 
 
 def _guard(until: float) -> Any:
@@ -161,7 +180,7 @@ def _guard(until: float) -> Any:
     return Guard
 
 
-def _together(jobs: Sequence[Callable[[], Any]], until: float) -> list[Any]:
+def together(jobs: Sequence[Callable[[], Any]], until: float) -> list[Any]:
     """Return what the jobs return, done at once. Raises what the first to fail raised; TimeoutError, at `until`.
 
     Threads that are late are left behind: they are daemons, since an executor's would be waited for at the end.
@@ -175,7 +194,7 @@ def _together(jobs: Sequence[Callable[[], Any]], until: float) -> list[Any]:
             done.put((number, None, error))
 
     for number, job in enumerate(jobs):
-        threading.Thread(target=work, args=(number, job), daemon=True, name=f"{_THREADS}-{number}").start()
+        threading.Thread(target=work, args=(number, job), daemon=True, name=f"{THREADS}-{number}").start()
     results: list[Any] = [None] * len(jobs)
     for _ in jobs:
         try:

@@ -6,7 +6,7 @@ cut off before anything is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from engine.errors import ModelError
@@ -15,17 +15,30 @@ from engine.facts.directory import MAX_INDEX_BYTES, read_json
 from engine.facts.model import WITHOUT_WEIGHTS, Model
 
 
-def check(model: Model) -> None:
-    """Return when a model's folder can be loaded. Raises: ModelError, naming what is missing or cut off."""
+def check(model: Model, absent: Collection[str] = (), variant: str | None = None) -> None:
+    """Return when a model's folder can be loaded. Raises: ModelError, naming what is missing or cut off.
+
+    Components in `absent` are not looked at; of the others the set of weights `variant`, where they have it.
+    """
     folder = model.path
     if folder is None:
         return
     for name, component in model.components.items():
+        if name in absent:
+            continue
         place = folder / name
         if not place.is_dir():
             raise _incomplete(model, f"the folder of its component {name!r} ({component.cls}) is missing")
         if not component.cls.endswith(WITHOUT_WEIGHTS):
-            _check_weights(model, place)
+            _check_weights(model, place, component.library, variant)
+
+
+def variant(model: Model, dtype: str, absent: Collection[str] = ()) -> str | None:
+    """Return which set of weights in a model's folder is loaded in `dtype`; None is the plain one."""
+    if model.path is None:
+        return None
+    places = [model.path / n for n, c in model.components.items() if n not in absent]
+    return weights.variant(({f.name for f in place.glob("*")} for place in places), dtype)
 
 
 def _incomplete(model: Model, why: str) -> ModelError:
@@ -36,10 +49,16 @@ def _incomplete(model: Model, why: str) -> ModelError:
     )
 
 
-def _check_weights(model: Model, place: Path) -> None:
-    indices = sorted(place.glob("*.safetensors.index.json"))
+def _check_weights(model: Model, place: Path, library: str, variant: str | None) -> None:
+    present = [f.name for f in place.glob("*")]
+    names = weights.loaded(present, variant, library)
+    if not names:
+        variant, names = None, weights.loaded(present, None, library)
+    indices = [place / n for n in present if weights.is_index(n, variant)]
+    if library == "transformers" and names and "-of-" not in names[0]:
+        indices = []  # of a whole file the index beside it is not read
+    files = [place / n for n in names if n.endswith(".safetensors")] or sorted(place.glob("*.safetensors"))
     wanted = {str(s) for i in indices for s in _weight_map(i, model).values()}
-    files = sorted(place.glob("*.safetensors"))
     missing = sorted(w for w in wanted if not (place / Path(w).name).is_file())
     if missing:
         raise _incomplete(

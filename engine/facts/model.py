@@ -153,6 +153,11 @@ class Model:
         vae = self._vae
         return None if vae is None else tiling.starts(vae.cls, vae.config, height, width, tile)
 
+    def whole_tile_px(self, height: int | None, width: int | None) -> int | None:
+        """Return the side of the smallest tile that this size is not cut into; None: not known, or none is."""
+        vae = self._vae
+        return None if vae is None else tiling.whole(vae.cls, vae.config, height, width)
+
     def tiles(self, height: int | None, width: int | None) -> tuple[int, ...]:
         """Return the tiles in pixels that are worth a try for a picture of this size, beside the VAE's own."""
         vae = self._vae

@@ -206,6 +206,14 @@ def starts(
     return height // size > tile[0] // size or width // size > tile[1] // size
 
 
+def whole(cls: str, config: Mapping[str, Any], height: int | None, width: int | None) -> int | None:
+    """Return the side in pixels of the smallest tile that a picture is not cut into; None: not known, or none is."""
+    size = scale(cls, config)
+    if size is None or height is None or width is None or FAMILIES[cls].is_always:
+        return None
+    return max(1, max(height, width) // size * size)
+
+
 def candidates(cls: str, config: Mapping[str, Any], height: int | None, width: int | None) -> tuple[int, ...]:
     """Return tiles that are worth a try for a picture of this size, the largest first: not the library's own."""
     step, standard = multiple(cls, config), own(cls, config)

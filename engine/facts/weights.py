@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,11 @@ _FILE = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<new>\w+))?(?:-\d{5}-of-\d{5})?(?:\.(?P<old>\w+))?"
     r"\.safetensors\Z"
 )
+_INDEX = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<new>\w+))?\.safetensors\.index(?:\.(?P<old>\w+))?\.json\Z"
+)
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+"""How files of weights end that can run code when they are loaded."""
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -69,6 +74,40 @@ def header(file: Path) -> tuple[int, Mapping[str, Any]]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Damaged("has a damaged header") from None
     return 8 + length, entries
+
+
+def loaded(names: Iterable[str], variant: str | None, library: str) -> tuple[str, ...]:
+    """Return the files of weights (with their index) that a library loads of those in a component's folder; () if none.
+
+    `variant` is the set of weights, None the plain one. Where a set is there both whole and in shards, diffusers goes
+    by the index and transformers by the whole file (diffusers 0.42, transformers 5.23: `from_pretrained`).
+    """
+    stem = "diffusion_pytorch_model" if library == "diffusers" else "model"
+    names = sorted(names, key=lambda name: (not name.startswith(stem), name))
+    own = [n for n in names if (m := _FILE.match(n)) and (m["new"] or m["old"]) == variant]
+    index = [n for n in names if is_index(n, variant)]
+    shards = [n for n in own if "-of-" in n]
+    whole = [n for n in own if "-of-" not in n]
+    if index and shards and (library == "diffusers" or not whole):
+        return (*shards, index[0])
+    return tuple(whole[:1] or shards)
+
+
+def is_index(name: str, variant: str | None) -> bool:
+    """Return whether a file is the list of the shards of a set of weights."""
+    match = _INDEX.match(name)
+    return match is not None and (match["new"] or match["old"]) == variant
+
+
+def variant(folders: Iterable[Collection[str]], dtype: str) -> str | None:
+    """Return the set of weights to load, by the names of the files in the components' folders; None is the plain one.
+
+    "fp16" is taken for float16 alone, where it is what the plain weights would become; and where it is all there is.
+    """
+    sets = [{s: bool(loaded(names, s, "diffusers")) for s in (None, "fp16")} for names in folders]
+    if any(one["fp16"] and (dtype == "float16" or not one[None]) for one in sets):
+        return "fp16"
+    return None
 
 
 def _by_variant(folder: Path) -> dict[str, list[Path]]:

@@ -5,10 +5,10 @@ Nothing here imports torch until an optimizer is applied.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import import_module
-from typing import cast
+from typing import Any, cast
 
 from engine.errors import UsageError
 from engine.optimizers.spec import Optimizer, Spec
@@ -16,10 +16,13 @@ from engine.values import FrozenDict, Step
 from engine.words import did_you_mean, listing
 
 _MODULES = (
+    "allocator",
+    "tf32",
     "staged_encoding",
     "dtype",
     "fuse_qkv",
     "attention_slicing",
+    "attention_backend",
     "layerwise_casting",
     "vae_slicing",
     "vae_tiling",
@@ -38,6 +41,12 @@ def get(name: str) -> Optimizer:
     if name not in _MODULES:
         raise UsageError(f"there is no optimizer {name!r}", do=did_you_mean(name, NAMES))
     return cast(Optimizer, import_module(f"engine.optimizers.{name}"))
+
+
+def optional(name: str, function: str) -> Callable[..., Any] | None:
+    """Return one of the functions that only some optimizers' modules have; None where this one has it not."""
+    found = getattr(get(name), function, None)
+    return cast("Callable[..., Any] | None", found)
 
 
 def spec(name: str) -> Spec:

@@ -43,6 +43,10 @@ def apply(pipe: Pipeline, step: Step, context: Context) -> None:
     """Nothing: precision is settled while loading, where what must stay in float32 is left alone."""
 
 
+def undo(pipe: Pipeline, step: Step, context: Context) -> None:
+    """Nothing, as nothing was done after loading."""
+
+
 def verify(pipe: Pipeline, step: Step, context: Context) -> str:
     # `module.dtype` is the first floating-point parameter's; single layers may be kept in float32 on purpose.
     seen = {n: str(m.dtype).removeprefix("torch.") for n, m in modules(pipe).items() if hasattr(m, "dtype")}

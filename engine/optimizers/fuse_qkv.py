@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.errors import IncompatibleError
 from engine.facts import attention
-from engine.optimizers.spec import Context, NotApplied, Pipeline, Spec, denoisers, nothing_to_load
+from engine.optimizers.spec import Context, NotApplied, Pipeline, Spec, denoisers, names, nothing_to_load
 from engine.values import Step
 
 SPEC = Spec(
@@ -48,6 +48,29 @@ def apply(pipe: Pipeline, step: Step, context: Context) -> None:
         raise IncompatibleError(
             f"fuse_qkv cannot act on {type(pipe).__name__}", because, "leave fuse_qkv out for this model"
         )
+
+
+_ADDED = ("to_qkv", "to_kv", "to_added_qkv")
+"""The layers that fusing adds to an attention."""
+
+
+def undo(pipe: Pipeline, step: Step, context: Context) -> None:
+    """Compute with the old weights again, and let go of the fused ones: of the classes that have kept their attention
+    of older versions (UNets, SD3, PixArt, ...) the library itself only takes the processors back."""
+    for module in _targets(pipe).values():
+        module.unfuse_qkv_projections()
+        if getattr(module, "original_attn_processors", None) is not None:
+            module.original_attn_processors = None  # the library has emptied it while it set them
+        for attention_module in _fused(module):
+            for name in _ADDED:
+                if hasattr(attention_module, name):
+                    delattr(attention_module, name)
+            attention_module.fused_projections = False
+
+
+def seen(pipe: Pipeline, context: Context) -> str | None:
+    fused = [n for n, m in denoisers(pipe).items() if _fused(m)]
+    return f"attentions of {names(fused)} have fused projections" if fused else None
 
 
 def verify(pipe: Pipeline, step: Step, context: Context) -> str:

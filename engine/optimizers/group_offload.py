@@ -31,6 +31,7 @@ SPEC = Spec(
     summary="groups of layers come to the device in turn, copied ahead on a stream of their own",
     slot=93,
     is_placement=True,
+    lasts="diffusers has no way to take groups back",
     params=(
         COMPONENTS,
         Param(
@@ -132,6 +133,11 @@ def _has_hook(module: Any) -> bool:
 
 def _is_moved(module: Any) -> bool:
     return any(hasattr(m, "_hf_hook") for m in module.modules())
+
+
+def seen(pipe: Pipeline, context: Context) -> str | None:
+    grouped = [n for n, m in modules(pipe).items() if _has_hook(m)]
+    return f"{names(grouped)} is in groups already" if grouped else None
 
 
 def verify(pipe: Pipeline, step: Step, context: Context) -> str:

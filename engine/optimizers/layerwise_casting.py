@@ -19,6 +19,7 @@ from engine.optimizers.spec import (
     Spec,
     denoisers,
     held,
+    modules,
     named,
     names,
     nothing_to_load,
@@ -31,6 +32,7 @@ SPEC = Spec(
     slot=40,
     quality="near",
     changes_weights=True,
+    lasts="weights that were narrowed do not get their precision back",
     params=(
         Param(
             name="components",
@@ -56,6 +58,7 @@ SPEC = Spec(
     ),
 )
 load_arguments = nothing_to_load
+HOOK = "layerwise_casting"
 
 
 def _targets(pipe: Pipeline, step: Step) -> dict[str, Any]:
@@ -83,6 +86,21 @@ def apply(pipe: Pipeline, step: Step, context: Context) -> None:
             module.enable_layerwise_casting(**dtypes)
         else:
             apply_layerwise_casting(module, skip_modules_pattern=casting.LEFT_ALONE, **dtypes)
+
+
+def cast_layers(module: Any) -> dict[str, Any]:
+    """Return the hook of each layer of a module that is cast, by the layer's path."""
+    found = {}
+    for path, part in module.named_modules():
+        registry = getattr(part, "_diffusers_hook", None)
+        if registry is not None and (hook := registry.get_hook(HOOK)) is not None:
+            found[path] = hook
+    return found
+
+
+def seen(pipe: Pipeline, context: Context) -> str | None:
+    cast = [n for n, m in modules(pipe).items() if cast_layers(m)]
+    return f"layers of {names(cast)} are cast already" if cast else None
 
 
 def verify(pipe: Pipeline, step: Step, context: Context) -> str:

@@ -17,6 +17,7 @@ from engine.optimizers.spec import (
     Spec,
     held,
     left_out,
+    modules,
     names,
     nothing_to_load,
 )
@@ -43,10 +44,19 @@ def apply(pipe: Pipeline, step: Step, context: Context) -> None:
     pipe.enable_model_cpu_offload(device=context.device)
 
 
+def undo(pipe: Pipeline, step: Step, context: Context) -> None:
+    offload.undo(pipe)
+
+
+def seen(pipe: Pipeline, context: Context) -> str | None:
+    moved = [n for n, m in modules(pipe).items() if offload.kind(m) == "CpuOffload"]
+    return f"{names(moved)} is offloaded already" if moved else None
+
+
 def verify(pipe: Pipeline, step: Step, context: Context) -> str:
     kept = offload.kept(pipe)
     moving = {n: m for n, m in held(pipe, step).items() if n not in kept}
-    bare = [n for n, m in moving.items() if type(getattr(m, "_hf_hook", None)).__name__ != "CpuOffload"]
+    bare = [n for n, m in moving.items() if offload.kind(m) != "CpuOffload"]
     if bare:
         raise NotApplied("model_offload", f"{names(bare)} has no offload hook")
     return f"{names(moving)} move to {context.device} one at a time"

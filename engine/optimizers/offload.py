@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 from engine.optimizers.spec import Pipeline
 
 _OWN = "_dg_run_own_offload"
+_TOLD = ("model_cpu_offload_seq", "_exclude_from_cpu_offload")
 
 
 def leave_on_device(pipe: Pipeline, components: Collection[str]) -> None:
@@ -21,6 +23,29 @@ def leave_on_device(pipe: Pipeline, components: Collection[str]) -> None:
     if chain is not None:
         pipe.model_cpu_offload_seq = "->".join(n for n in chain.split("->") if n not in components)
     pipe._exclude_from_cpu_offload = [*excluded, *(n for n in components if n not in excluded)]
+
+
+def undo(pipe: Pipeline) -> None:
+    """Take accelerate's hooks from every component, and bring all of them back to the host.
+
+    Source: `remove_all_hooks` of diffusers 0.42. A hook that was wrapped around them afterwards goes with them. What
+    the pipeline was told of what its offloads leave on the device is forgotten.
+    """
+    pipe.remove_all_hooks()
+    pipe.to("cpu", silence_dtype_warnings=True)
+    own = pipe.__dict__
+    for name in ("_offload_device", "_offload_gpu_id"):
+        own.pop(name, None)
+    for name, value in zip(_TOLD, own.pop(_OWN, ()), strict=False):
+        own.pop(name, None)
+        if getattr(pipe, name) != value:
+            setattr(pipe, name, value)
+
+
+def kind(module: Any) -> str | None:
+    """Return the name of the class of accelerate's hook on a component as a whole; None where it has none."""
+    hook = getattr(module, "_hf_hook", None)
+    return None if hook is None else type(hook).__name__
 
 
 def kept(pipe: Pipeline) -> set[str]:

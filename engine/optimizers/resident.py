@@ -33,6 +33,12 @@ def apply(pipe: Pipeline, step: Step, context: Context) -> None:
         module.to(context.device)
 
 
+def undo(pipe: Pipeline, step: Step, context: Context) -> None:
+    """Bring what it holds back to the host, where a pipeline is loaded."""
+    for module in held(pipe, step).values():
+        module.to("cpu")
+
+
 def verify(pipe: Pipeline, step: Step, context: Context) -> str:
     targets = held(pipe, step)
     for name, module in targets.items():

@@ -18,6 +18,7 @@ from engine.optimizers.spec import (
     Spec,
     held,
     left_out,
+    modules,
     names,
     nothing_to_load,
 )
@@ -36,6 +37,19 @@ load_arguments = nothing_to_load
 def apply(pipe: Pipeline, step: Step, context: Context) -> None:
     offload.leave_on_device(pipe, left_out(pipe, step))
     pipe.enable_sequential_cpu_offload(device=context.device)
+
+
+def undo(pipe: Pipeline, step: Step, context: Context) -> None:
+    """Put the weights back from the host map. Those that were one are one again (a text encoder's embeddings)."""
+    offload.undo(pipe)
+    for module in held(pipe, step).values():
+        if hasattr(module, "tie_weights"):
+            module.tie_weights()
+
+
+def seen(pipe: Pipeline, context: Context) -> str | None:
+    away = [n for n, m in modules(pipe).items() if offload.kind(m) not in (None, "CpuOffload")]
+    return f"{names(away)} is offloaded already" if away else None
 
 
 def _fetches(module: Any) -> bool:

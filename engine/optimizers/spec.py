@@ -112,8 +112,12 @@ class Spec:
     changes_computing_with: str | None = None
     """A parameter that changes what is computed where it is given: then a dry run applies it too (`apply_dry`)."""
     params: tuple[Param, ...] = ()
+    is_of_process: bool = False
+    """Whether it sets what is the process's, and no pipeline's: it is passed over where it has no effect."""
     changes_weights: bool = False
     """Whether it makes other weights of a component's own: it acts before they are on the device (`on`)."""
+    lasts: str | None = None
+    """Why what it does to a pipeline cannot be taken back; None where its module has `undo`."""
     scalar: bool = False
     """Whether a profile may write `name: value` for its one parameter, `value`."""
 
@@ -172,7 +176,13 @@ class Optimizer(Protocol):
     def verify(self, pipe: Pipeline, step: Step, context: Context) -> str:
         """Return one line of what is seen to hold on the pipeline. Raises: NotApplied."""
 
-    # apply_dry, where a module has it, takes the place of `apply` in a dry run.
+    # What only some modules have (`engine.optimizers.optional`):
+    #
+    # apply_dry(pipe, step, context) -> None      takes the place of `apply` in a dry run
+    # undo(pipe, step, context) -> None           takes back what `apply` did, its memory too; a module without it
+    #                                             cannot be taken back
+    # seen(pipe, context) -> str | None           what a pipeline shows of it, whoever did it; None: nothing
+    # before_start(step) -> None                  is called before CUDA starts
 
 
 def nothing_to_load(step: Step, context: Context) -> dict[str, Any]:

@@ -19,6 +19,7 @@ SPEC = Spec(
     name=NAME,
     summary="text encoders are loaded, used, and gone before anything else is loaded",
     slot=5,
+    lasts="it is how a run is made, not how a pipeline is",
 )
 load_arguments = nothing_to_load
 

@@ -6,12 +6,14 @@ Which numbers a class has, and how they hang together, is `engine/facts/tiling.p
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from engine.errors import IncompatibleError, UsageError
 from engine.facts import tiling
 from engine.words import listing
 
 _OWN = "_dg_run_own_tiles"
+_BY_ITSELF: WeakKeyDictionary[Any, dict[str, Any]] = WeakKeyDictionary()
 _PIXELS_PER_LATENT = ("spatial_compression_ratio", "spatial_scale_factor")
 """What classes that keep it call it."""
 
@@ -38,6 +40,26 @@ def wrong(vae: Any, tile_px: int) -> dict[str, Any]:
     """Return what of a VAE's tiles is not as a tile of so many pixels wants it, as the VAE has it."""
     wanted = _attributes(vae, tile_px)
     return {name: getattr(vae, name) for name, value in wanted.items() if getattr(vae, name) != value}
+
+
+def own(vae: Any) -> dict[str, Any]:
+    """Return the switch and the numbers that a VAE of this class and configuration has by itself.
+
+    They are read from another one that is made of the same configuration on meta: some classes compute them, and what
+    this one has may have been changed.
+    """
+    import torch
+
+    if vae not in _BY_ITSELF:
+        with torch.device("meta"):
+            fresh = type(vae).from_config(vae.config)
+        _BY_ITSELF[vae] = {n: v for n, v in vars(fresh).items() if n == "use_tiling" or n.startswith("tile_")}
+    return _BY_ITSELF[vae]
+
+
+def changed(vae: Any) -> dict[str, Any]:
+    """Return what of a VAE's switch and tiles is not as it is by itself, as the VAE has it."""
+    return {name: getattr(vae, name) for name, value in own(vae).items() if getattr(vae, name) != value}
 
 
 def _attributes(vae: Any, tile_px: int) -> dict[str, Any]:

@@ -26,6 +26,15 @@ def apply(pipe: Pipeline, step: Step, context: Context) -> None:
         ) from None
 
 
+def undo(pipe: Pipeline, step: Step, context: Context) -> None:
+    pipe.vae.disable_slicing()
+
+
+def seen(pipe: Pipeline, context: Context) -> str | None:
+    vae = getattr(pipe, "vae", None)
+    return f"{type(vae).__name__} decodes one picture at a time" if getattr(vae, "use_slicing", False) else None
+
+
 def verify(pipe: Pipeline, step: Step, context: Context) -> str:
     if not pipe.vae.use_slicing:
         raise NotApplied("vae_slicing", f"{type(pipe.vae).__name__}.use_slicing is false")

@@ -65,11 +65,26 @@ def apply_dry(pipe: Pipeline, step: Step, context: Context) -> None:
     tiles.set_sizes(pipe.vae, tile_px(step))
 
 
+def undo(pipe: Pipeline, step: Step, context: Context) -> None:
+    """Switch tiling to what it is by itself, which for most classes is off, with the library's own tile."""
+    tiles.set_sizes(pipe.vae, None)
+    pipe.vae.use_tiling = tiles.own(pipe.vae)["use_tiling"]
+
+
+def seen(pipe: Pipeline, context: Context) -> str | None:
+    vae = getattr(pipe, "vae", None)
+    if not getattr(vae, "use_tiling", False) or not (changed := tiles.changed(vae)):
+        return None
+    return ", ".join(f"{type(vae).__name__}.{name} is {value}" for name, value in changed.items())
+
+
 def verify(pipe: Pipeline, step: Step, context: Context) -> str:
     name, tile = type(pipe.vae).__name__, tile_px(step)
     if not pipe.vae.use_tiling:
         raise NotApplied("vae_tiling", f"{name}.use_tiling is false")
     if tile is None:
+        if wrong := {k: v for k, v in tiles.changed(pipe.vae).items() if k != "use_tiling"}:
+            raise NotApplied("vae_tiling", ", ".join(f"{name}.{k} is {v}" for k, v in wrong.items()))
         return f"{name} decodes in tiles where the picture is larger than one"
     if wrong := tiles.wrong(pipe.vae, tile):
         raise NotApplied("vae_tiling", ", ".join(f"{name}.{k} is {v}" for k, v in wrong.items()))

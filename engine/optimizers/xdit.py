@@ -14,6 +14,7 @@ SPEC = Spec(
     name="xdit",
     summary="one picture computed by several cards",
     slot=80,
+    lasts="each card runs a process of its own",
     params=(
         Param(name="num_gpus", kind="count", default=1, about="cards in all"),
         Param(name="data_parallel_degree", kind="count", default=1, about="pictures computed side by side"),

@@ -7,10 +7,11 @@ import hashlib
 import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import UsageError
+from engine.pictures import Picture
 from engine.prompts import MAX_SEED, Prompt
 from engine.values import Request
 
@@ -25,6 +26,8 @@ class Item:
     prompt: str
     negative_prompt: str | None
     seed: int
+    image: str | None = None
+    """The SHA-256 of the picture that it begins with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +35,8 @@ class Call:
     """One call of the pipeline: the outputs of one prompt that it makes at a time."""
 
     items: tuple[Item, ...]
+    picture: Picture | None = field(default=None, compare=False, repr=False)
+    """What it begins with; its items hold what it is known by."""
 
     @property
     def prompt(self) -> str:
@@ -51,8 +56,12 @@ def new_seed() -> int:
     return secrets.randbelow(MAX_SEED + 1)
 
 
-def calls(prompts: Sequence[Prompt], seed: int, batch: int, num_images: int | None = None) -> tuple[Call, ...]:
+def calls(
+    prompts: Sequence[Prompt], seed: int, batch: int, num_images: int | None = None, picture: Picture | None = None
+) -> tuple[Call, ...]:
     """Return the calls of a run: `num_images` of each prompt (None: as many as `batch`), at most `batch` at a time.
+
+    All of them begin with `picture`, where there is one.
 
     Output k (from 0) of all has seed `seed` + k, those of a prompt with a seed of its own that seed, and the next ones.
     The calls do not depend on what is there already: a run that goes on where one ended makes the same ones.
@@ -64,10 +73,12 @@ def calls(prompts: Sequence[Prompt], seed: int, batch: int, num_images: int | No
         raise UsageError(
             f"that is {sum(counts):,} outputs", f"at most {MAX_ITEMS:,} are made in one run", "make several runs"
         )
-    return tuple(_calls(prompts, counts, seed, batch))
+    return tuple(_calls(prompts, counts, seed, batch, picture))
 
 
-def _calls(prompts: Sequence[Prompt], counts: Sequence[int], seed: int, batch: int) -> Iterator[Call]:
+def _calls(
+    prompts: Sequence[Prompt], counts: Sequence[int], seed: int, batch: int, picture: Picture | None
+) -> Iterator[Call]:
     number = 0
     for prompt, count in zip(prompts, counts, strict=True):
         first = seed + number if prompt.seed is None else prompt.seed
@@ -77,10 +88,11 @@ def _calls(prompts: Sequence[Prompt], counts: Sequence[int], seed: int, batch: i
                 prompt=prompt.text,
                 negative_prompt=prompt.negative_prompt,
                 seed=(first + k) % (MAX_SEED + 1),
+                image=None if picture is None else picture.sha256,
             )
             for k in range(count)
         ]
-        yield from (Call(items=tuple(own[k : k + batch])) for k in range(0, count, batch))
+        yield from (Call(items=tuple(own[k : k + batch]), picture=picture) for k in range(0, count, batch))
         number += count
 
 
@@ -109,12 +121,18 @@ def work(request: Request) -> Mapping[str, Any]:
 
 def identity(request: Request, item: Item) -> str:
     """Return a digest of what an output shows: of the request's work, and its prompt and seed."""
-    return _digest([work(request), item.prompt, item.negative_prompt, item.seed])
+    return _digest([work(request), item.prompt, item.negative_prompt, item.seed, *_begun(item.image)])
 
 
-def job(request: Request, prompts: Sequence[Prompt], num_images: int | None) -> str:
+def job(request: Request, prompts: Sequence[Prompt], num_images: int | None, picture: Picture | None = None) -> str:
     """Return a digest of everything that a run makes but its first seed."""
-    return _digest([work(request), [dataclasses.asdict(p) for p in prompts], num_images or request.batch])
+    said = [dataclasses.asdict(p) for p in prompts]
+    begun = _begun(None if picture is None else picture.sha256)
+    return _digest([work(request), said, num_images or request.batch, *begun])
+
+
+def _begun(image: str | None) -> list[str]:
+    return [] if image is None else [image]
 
 
 def _digest(content: Any) -> str:

@@ -33,10 +33,12 @@ class Journal:
             {
                 "event": "output",
                 "file": path.name,
+                "broken": made.is_broken(item),
                 "number": item.number,
                 "prompt": item.prompt,
                 "negative_prompt": item.negative_prompt,
                 "seed": item.seed,
+                "image": item.image,
                 "model": plan.request.model,
                 "revision": plan.request.revision,
                 "plan_digest": plan.digest,

@@ -22,6 +22,8 @@ class Found:
 
     prompt: Prompt
     plan: Plan
+    image: str | None
+    """The SHA-256 of the picture that it began with."""
 
     @property
     def lock(self) -> Lock:
@@ -38,4 +40,8 @@ def read(path: str | os.PathLike[str]) -> Found:
     except (KeyError, ValueError):
         raise FileError(f"{where} does not say what it was made with", "its record is not dg-run's", _DO) from None
     plan = Plan.from_json(plan_text, f"the plan in {where}")
-    return Found(prompt=Prompt(text=prompt, negative_prompt=said.get("negative_prompt"), seed=seed), plan=plan)
+    return Found(
+        prompt=Prompt(text=prompt, negative_prompt=said.get("negative_prompt"), seed=seed),
+        plan=plan,
+        image=said.get("image"),
+    )

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from engine import facts, optimizers
+from engine import optimizers
 from engine.errors import DgRunError, IncompatibleError, ModelError, NothingFitsError, OutOfMemoryError
-from engine.facts import integrity
+from engine.facts import classes, integrity
 from engine.facts.model import Model
 from engine.optimizers import placing, staged_encoding
-from engine.optimizers.group_offload import HOOK as GROUP_HOOK
 from engine.optimizers.spec import Context, NotApplied, modules, on
 from engine.plan import Plan
-from engine.run import device, interrupt, lock, parts, progress
+from engine.run import applied, callers, device, download, fuse, interrupt, lock, parts, progress
+from engine.run.download import Local
 from engine.run.parts import Parts
 from engine.run.progress import Progress, Quiet
 from engine.values import Rejection, Step
@@ -33,16 +33,17 @@ def load(plan: Plan, told: Progress | None = None, *, debug: bool = False) -> An
     with opened(plan, told, debug=debug) as source:
         here = context(plan)
         _refuse_unknown(plan, source)
-        if _comes_by_component(plan.optimizers, source.model.parts, here):
-            try:
-                whole = source.parts()
-            except ModelError:  # what cannot be built of its configuration alone comes as the library loads it
-                whole = None
-            if whole is not None:
-                return made(whole, list(whole.twins), plan.optimizers, {}, here, told, idle(plan))
+        try:
+            whole = source.parts()
+        except ModelError:  # what cannot be built of its configuration alone comes as the library loads it
+            if plan.request.loras:  # which are held against what it is built of
+                raise
+            whole = None
+        if whole is not None:
+            return made(whole, list(whole.twins), plan.optimizers, {}, here, told, idle(plan))
         with told.stage(f"loading {plan.request.model}"):
             pipe = source.pipeline()
-        return apply(plan, pipe, told)
+        return apply_all(plan.optimizers, pipe, here, told, idle(plan))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,34 +51,55 @@ class Source:
     """Where a plan's pipeline is loaded from."""
 
     plan: Plan
-    model: Model
-    where: str
-    """A folder, or a name on the hub."""
+    files: Local
+
+    @property
+    def model(self) -> Model:
+        """What is known of the model, from its files."""
+        return self.files.model
 
     def pipeline(self, given: Mapping[str, Any] | None = None) -> Any:
         """Return the pipeline, loaded but for the components that are given."""
-        return _from_pretrained(self.plan, self.where, given or {})
+        own = self.plan.request.pipeline_class in (None, self.model.pipeline_class)
+        return _from_pretrained(self.plan, self.files, given or {}, None if own else self.plan.request.pipeline_class)
 
     def parts(self) -> Parts:
         """Return how it is loaded in parts. Raises: ModelError, when its classes do not take their configurations."""
         absent = self.plan.request.components
-        return Parts(make=self.pipeline, twins=parts.twins(self.model, context(self.plan).dtype, absent))
+        twins = parts.twins(self.model, context(self.plan).dtype, absent)
+        return Parts(make=self.pipeline, twins=twins, change=fuse.fusing(self.plan.request, self.model, twins))
 
 
 @contextlib.contextmanager
 def opened(plan: Plan, told: Progress, *, debug: bool = False) -> Iterator[Source]:
-    """Start the libraries on the plan's card, and hold its lock while it is loaded.
+    """Fetch the model where it is not here, start the libraries on the plan's card, and hold its lock while it loads.
 
-    Raises: ModelError, HardwareError.
+    Raises: ModelError, HardwareError, FileError.
     """
-    model = facts.find(plan.request.model, plan.request.revision)
-    integrity.check(model)
-    where = str(model.path) if model.source in ("embedded", "directory") else model.id
+    files = fetched(plan, told)
     with lock.held(plan.card, told.say):
         with told.stage("starting torch and diffusers"), interrupt.held_back():
+            _before_start(plan)
             device.choose(plan)
             progress.settle_libraries(told, debug=debug)
-        yield Source(plan, model, where)
+        yield Source(plan, files)
+
+
+def fetched(plan: Plan, told: Progress | None = None) -> Local:
+    """Return the plan's model, all of whose files are on this machine afterwards. Nothing is asked where they are.
+
+    A download takes as long as it takes: who holds a card's lock, or is about to, calls this before.
+    Raises: ModelError, FileError.
+    """
+    return download.local(plan.request, context(plan).dtype, told or Quiet())
+
+
+def _before_start(plan: Plan) -> None:
+    """Let the steps act that act before CUDA starts. Raises: IncompatibleError, when one comes too late."""
+    for step in plan.optimizers:
+        hook = getattr(optimizers.get(step.name), "before_start", None)
+        if hook is not None and step.name not in idle(plan):
+            hook(step)
 
 
 def refuse_unfit(plan: Plan) -> None:
@@ -126,28 +148,48 @@ def idle(plan: Plan) -> frozenset[str]:
     return frozenset(n.optimizer for n in plan.notes if n.kind == "no_effect" and n.optimizer is not None)
 
 
-def _from_pretrained(plan: Plan, where: str, given: Mapping[str, Any]) -> Any:
+def _from_pretrained(plan: Plan, files: Local, given: Mapping[str, Any], other_class: str | None) -> Any:
+    """Return the pipeline of a model's files; `other_class` makes it of the same components. Raises: ModelError."""
     import torch
-    from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
 
+    made_by = _class(other_class or "DiffusionPipeline")
     here = context(plan)
     arguments: dict[str, Any] = {}
     for step in plan.optimizers:
         arguments |= optimizers.get(step.name).load_arguments(step, here)
-    if plan.request.revision is not None and where == plan.request.model:
-        arguments["revision"] = plan.request.revision
+    if files.variant is not None:
+        arguments["variant"] = files.variant
     arguments |= dict(given) | dict(plan.request.components)  # None: not loaded
     try:
-        return DiffusionPipeline.from_pretrained(where, use_safetensors=True, trust_remote_code=False, **arguments)
+        return made_by.from_pretrained(
+            files.folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, **arguments
+        )
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError("the device ran out of memory while loading", str(error).splitlines()[0]) from error
-    except (OSError, ValueError, AttributeError, ImportError, RuntimeError, KeyError, TypeError) as error:
+    except (
+        *(OSError, ValueError, AttributeError, ImportError, RuntimeError, KeyError, TypeError),
+        SafetensorError,
+    ) as error:
         # What the libraries raise on a damaged or foreign model is not one class; all of it is the model's fault.
+        # A file that went or was cut off since it was looked at is named.
+        integrity.check(files.model, plan.request.components, files.variant)
         raise ModelError(
             f"the model {plan.request.model} cannot be loaded",
             " ".join(str(error).split())[:400] or type(error).__name__,
             "check the directory or download it again; --debug shows the libraries' own words",
         ) from error
+
+
+def _class(name: str) -> Any:
+    import diffusers
+
+    found = getattr(diffusers, name, None) if classes.is_public_class(name) else None
+    if not isinstance(found, type) or not issubclass(found, diffusers.DiffusionPipeline):
+        raise ModelError(
+            f"diffusers has no pipeline {name}", f"installed is {diffusers.__version__}", "update diffusers"
+        )
+    return found
 
 
 def made(
@@ -165,9 +207,12 @@ def made(
     the whole model. `given` are components that have no weights and were loaded before.
     """
     done: set[str] = set()
+    is_moved = _goes_by_component(steps, names, here)
 
     def settle(name: str, module: Any) -> None:
         """What changes weights acts on the host, before they are on the device."""
+        if not is_moved:
+            return
         alone = SimpleNamespace(components={name: module}, **{name: module})
         for step in steps:
             if _is_passed_over(step, here, idle) or not optimizers.spec(step.name).changes_weights:
@@ -178,20 +223,19 @@ def made(
         module.to(here.device)
 
     with told.stage("loading the model" if len(names) == len(whole.twins) else f"loading {', '.join(names)}"):
-        if _comes_by_component(steps, names, here):
-            pipe = whole.loaded((), whole.one_by_one(names, given, settle))
+        if "motion_adapter" in names:  # AnimateDiff makes one component of two others while the pipeline is made
+            pipe = whole.loaded(names, given, told)
         else:
-            pipe = whole.loaded(names, given)
+            pipe = whole.loaded((), whole.one_by_one(names, given, settle, told), told)
     for name in whole.twins:
         if name not in names:
             setattr(pipe, name, None)
     return apply_all(steps, pipe, here, told, idle, done)
 
 
-def _comes_by_component(steps: Sequence[Step], names: Sequence[str], here: Context) -> bool:
+def _goes_by_component(steps: Sequence[Step], names: Sequence[str], here: Context) -> bool:
     """Whether components are put on the device as they come. The offloads begin with everything on the host."""
     placed = placing.placements(placing.spread(steps, names))
-    # AnimateDiff makes one component of two others while the pipeline is made.
     return here.has_accelerator and "motion_adapter" not in names and {s.name for s in placed} <= {placing.RESIDENT}
 
 
@@ -200,15 +244,47 @@ def _refuse_unknown(plan: Plan, source: Source) -> None:
 
 
 def apply(plan: Plan, pipe: Any, told: Progress | None = None) -> Any:
-    """Return `pipe` with every step applied and seen to hold, in the plan's order."""
+    """Return `pipe`, which the caller has loaded, with every step applied and seen to hold, in the plan's order.
+
+    Where just this was applied to it before, it is only seen to hold. Raises: IncompatibleError, for a pipeline of
+    other components than were planned, or one that is modified otherwise; as `apply_steps`.
+    """
     refuse_unfit(plan)
+    _refuse_staged(plan)
+    if plan.request.loras:
+        raise IncompatibleError(
+            "the plan fuses LoRAs while it loads, which a loaded pipeline is too late for",
+            "whether they are in its weights already cannot be seen",
+            "plan.load() fuses them; or fuse your own and plan without: pipe.fuse_lora(), pipe.unload_lora_weights()",
+        )
+    callers.refuse_other(plan, pipe, told or Quiet())
     return apply_steps(plan, pipe, context(plan), told)
 
 
 def apply_steps(plan: Plan, pipe: Any, here: Context, told: Progress | None = None) -> Any:
     """Return `pipe` with a plan's steps applied where `here` says, whether or not the plan is expected to fit."""
     _refuse_staged(plan)
-    return apply_all(plan.optimizers, pipe, here, told or Quiet(), idle(plan))
+    told = told or Quiet()
+    planned = _planned(plan.optimizers, pipe)
+    if (before := applied.is_there(pipe, planned, here)) is not None:
+        told.say("  already applied")
+        for step in before.acted:
+            told.say(f"  {step.name}: {apply_one(step, pipe, here, is_done=True)}")
+        return pipe
+    there = callers.already(planned, pipe, here)
+    return apply_all(plan.optimizers, pipe, here, told, idle(plan), there=there)
+
+
+def undo(plan: Plan, pipe: Any, told: Progress | None = None) -> None:
+    """Take back what was done to `pipe` by this plan. Raises: as `engine.run.applied.undo`."""
+    _refuse_staged(plan)
+    applied.undo(pipe, _planned(plan.optimizers, pipe), context(plan), told or Quiet())
+
+
+def _planned(steps: Sequence[Step], pipe: Any) -> tuple[Step, ...]:
+    """Return steps as they are applied to a pipeline. Raises: UsageError, for components that it does not have."""
+    placing.refuse_unknown(steps, [*modules(pipe), *(n for n, c in pipe.components.items() if c is None)])
+    return placing.spread(steps, modules(pipe))
 
 
 def apply_all(
@@ -218,31 +294,40 @@ def apply_all(
     told: Progress,
     idle: Collection[str] = (),
     done: Collection[str] = (),
+    there: Collection[str] = (),
 ) -> Any:
     """Return `pipe` with every step applied and seen to hold, in their order; of those in `done` it is only seen.
 
-    Steps in `idle` are said to have no effect on it.
+    Steps in `idle` are said to have no effect on it. Those in `there` were true of it before, by somebody else's doing:
+    they too are only seen, and are not taken back when the others are.
     """
-    _refuse_placed(pipe)
-    placing.refuse_unknown(steps, [*modules(pipe), *(n for n, c in pipe.components.items() if c is None)])
-    for step in placing.spread(steps, modules(pipe)):
+    planned, acted = _planned(steps, pipe), []
+    for step in planned:
         if _is_passed_over(step, here, idle):
-            why = "without an accelerator" if optimizers.spec(step.name).is_placement else "on this model"
-            told.say(f"  {step.name}: no effect {why}")
+            told.say(f"  {step.name}: no effect {_where(step, here)}")
             continue
         try:
-            told.say(f"  {step.name}: {apply_one(step, pipe, here, is_done=step.name in done)}")
+            is_done = step.name in done or step.name in there
+            told.say(f"  {step.name}: {apply_one(step, pipe, here, is_done=is_done)}")
+            acted += [step] if step.name not in there else []
         except IncompatibleError:
             if step.name not in idle:
                 raise
             told.say(f"  {step.name}: no effect on this model")
+    applied.keep(pipe, planned, acted, here)
     return pipe
+
+
+def _where(step: Step, here: Context) -> str:
+    spec = optimizers.spec(step.name)
+    is_of_card = spec.is_placement or spec.is_of_process
+    return "without an accelerator" if is_of_card and not here.has_accelerator else "on this model"
 
 
 def _is_passed_over(step: Step, here: Context, idle: Collection[str]) -> bool:
     spec = optimizers.spec(step.name)
     without_card = spec.is_placement and not here.has_accelerator
-    return step.name in idle and (without_card or spec.changes_computing)
+    return step.name in idle and (without_card or spec.changes_computing or spec.is_of_process)
 
 
 def apply_one(step: Step, pipe: Any, here: Context, *, is_done: bool = False) -> str:
@@ -276,19 +361,3 @@ def _apply(step: Step, pipe: Any, here: Context) -> None:
         raise IncompatibleError(
             f"{step.name} cannot be applied to {type(pipe).__name__}", " ".join(str(error).split())[:400]
         ) from error
-
-
-def _refuse_placed(pipe: Any) -> None:
-    """Refuse a pipeline on which hooks already decide where weights are: a second placement would fight the first."""
-    hooked = [n for n, m in modules(pipe).items() if any(_places(part) for part in m.modules())]
-    if hooked:
-        raise IncompatibleError(
-            f"the pipeline is already offloaded ({', '.join(hooked)})",
-            "a plan is applied to a pipeline on which nothing has been placed yet",
-            "load the pipeline anew; pipe.remove_all_hooks() is enough after model_offload",
-        )
-
-
-def _places(module: Any) -> bool:
-    registry = getattr(module, "_diffusers_hook", None)
-    return hasattr(module, "_hf_hook") or (registry is not None and registry.get_hook(GROUP_HOOK) is not None)

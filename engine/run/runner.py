@@ -9,10 +9,24 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from engine import rungs
-from engine.errors import HardwareError, OutOfMemoryError
+from engine.errors import HardwareError, IncompatibleError, OutOfMemoryError
 from engine.optimizers import staged_encoding
 from engine.plan import Plan
-from engine.run import calls, device, fallback, load, lock, media, progress, reading, remember, staged, stages, world
+from engine.run import (
+    calls,
+    device,
+    fallback,
+    load,
+    lock,
+    media,
+    overflow,
+    progress,
+    reading,
+    remember,
+    staged,
+    stages,
+    world,
+)
 from engine.run.fallback import Descent
 from engine.run.items import Call, Item
 from engine.run.progress import Progress, Quiet
@@ -38,6 +52,13 @@ class Made:
     peak_bytes: int | None
     """None without a card."""
     seconds: float
+    broken: tuple[bool, ...] = ()
+    """Which outputs are not made of numbers, and black; () where none is."""
+    fault: IncompatibleError | None = None
+    """What made them so, and what helps."""
+
+    def is_broken(self, item: Item) -> bool:
+        return bool(self.broken) and self.broken[self.call.items.index(item)]
 
     def each(self) -> Iterator[tuple[Item, Image | Video]]:
         """Yield each output with what it is of."""
@@ -173,7 +194,7 @@ def _doing(call: Call, k: int, number: int) -> str:
 def _called(plan: Plan, pipe: Any, call: Call, told: Progress, before: Before | None) -> Made:
     """Return what one call gives, and remember what it took; one that runs out of memory is for `run` to remember."""
     start = time.perf_counter()
-    outputs = _outputs(plan, pipe, call, None if before is None else before.encoded)
+    outputs, seen = _outputs(plan, pipe, call, None if before is None else before.encoded)
     seconds, peak_bytes = time.perf_counter() - start, device.peak_allocated_bytes(plan.torch_device)
     if before is not None:
         seconds, peak_bytes = seconds + before.seconds, _larger(peak_bytes, before.peak_bytes)
@@ -184,22 +205,52 @@ def _called(plan: Plan, pipe: Any, call: Call, told: Progress, before: Before | 
         output.info.update(said)
         if item.negative_prompt is not None:
             output.info["negative_prompt"] = item.negative_prompt
-    return Made(plan=plan, call=call, outputs=outputs, peak_bytes=peak_bytes, seconds=seconds)
+        if item.image is not None:
+            output.info["image"] = item.image
+    _tell_missing(plan, outputs, told)
+    broken = seen.broken(len(outputs))
+    fault = None
+    if any(broken):
+        arch = None if plan.card is None else plan.card.compute_capability
+        fault = overflow.error(seen.culprit(), type(pipe).__name__, plan.optimizers, arch)
+        told.say(f"note: {fault.what}; {fault.why}")
+    return Made(
+        plan=plan,
+        call=call,
+        outputs=outputs,
+        peak_bytes=peak_bytes,
+        seconds=seconds,
+        broken=broken if fault is not None else (),
+        fault=fault,
+    )
+
+
+def _tell_missing(plan: Plan, outputs: Sequence[Image | Video], told: Progress) -> None:
+    """Say what of the videos that were asked for is not written."""
+    videos = [o for o in outputs if isinstance(o, media.Video)]
+    for made in videos[:1]:
+        if plan.request.frames not in (None, len(made)):
+            told.say(f"note: the pipeline made {len(made)} frames of the {plan.request.frames} that were asked for")
+        for part in made.left_out:
+            told.say(f"note: the pipeline gave {part}, too, which is not written")
 
 
 def _larger(one: int | None, other: int | None) -> int | None:
     return one if other is None else other if one is None else max(one, other)
 
 
-def _outputs(plan: Plan, pipe: Any, call: Call, encoded: Encoded | None) -> tuple[Image | Video, ...]:
+def _outputs(
+    plan: Plan, pipe: Any, call: Call, encoded: Encoded | None
+) -> tuple[tuple[Image | Video, ...], overflow.Watch]:
     arguments = calls.arguments(plan.request, pipe, call)
     device.reset_peak(plan.torch_device)
     do = "take a more frugal profile (`dg-run profiles list`), or a smaller picture"
     doing = "generating" + ("" if encoded is None else " (stage two of staged_encoding)")
     with calls.within(doing, do), calls.refusing(pipe):
         with contextlib.nullcontext() if encoded is None else stages.given(pipe, encoded, plan.torch_device):
-            result = pipe(**arguments)
-    return tuple(media.outputs(result, pipe, media.frame_rate(pipe, arguments)))
+            with overflow.watching(pipe) as seen:
+                result = pipe(**arguments)
+    return tuple(media.outputs(result, pipe, media.frame_rate(pipe, arguments))), seen
 
 
 def _tell_unread(plan: Plan, pipe: Any, wanted: Sequence[Call], told: Progress) -> None:
