@@ -95,6 +95,7 @@ FLAGS: dict[str, tuple[int, list[str], list[str]]] = {
 BESIDE_PLAN = {
     "--auto": [],
     "--model": ["x"],
+    "--lora": ["x"],
     "--height": ["64"],
     "--width": ["64"],
     "--batch_size": ["1"],

@@ -151,6 +151,13 @@ def _add_sizes(parser: Parser) -> None:
         metavar="ID|DIR",
         help="a directory, or OWNER/MODEL[@REVISION] on the hub (default: the embedded model)",
     )
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:WEIGHT]",
+        help="fuse a LoRA (safetensors: a file, a folder, OWNER/MODEL[/FILE] on the hub); repeatable",
+    )
     group.add_argument("--height", type=whole, metavar="PX")
     group.add_argument("--width", type=whole, metavar="PX")
     group.add_argument("--batch_size", type=whole, default=1, metavar="N", help="outputs at a time (default: 1)")
@@ -236,6 +243,7 @@ def request(options: argparse.Namespace) -> dict[str, Any]:
     call = _call(options)
     return {
         "model": options.model,
+        "loras": options.lora,
         "height": options.height,
         "width": options.width,
         "frames": options.num_frames,
