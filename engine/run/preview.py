@@ -53,6 +53,11 @@ class View:
         return made if size is None else made.resize(size, Image.Resampling.BICUBIC)
 
 
+def path(of: Path) -> Path:
+    """Return where an output is previewed that goes to `of`."""
+    return of.with_name(f"{of.stem}.preview{media.PICTURE_SUFFIX}")
+
+
 def view(pipe: Any, told: Progress) -> View | None:
     """Return how the latents of a pipeline are seen; None, and a note, where that is not known."""
     vae = getattr(pipe, "vae", None)
@@ -95,12 +100,12 @@ def _as_encoded(vae: Any, latents: Any) -> Any:
 
 
 @contextlib.contextmanager
-def shown(pipe: Any, seen: View, path: Path, size: tuple[int, int] | None, told: Progress) -> Iterator[None]:
-    """Show what the first output of a call looks like, at `path`, while it is made; at the end it is gone.
+def shown(pipe: Any, seen: View, where: Path, size: tuple[int, int] | None, told: Progress) -> Iterator[None]:
+    """Show what the first output of a call looks like, at `where`, while it is made; at the end it is gone.
 
     `size` is width and height of the output in pixels.
     """
-    show = _Shown(pipe, seen, path, size, told)
+    show = _Shown(pipe, seen, where, size, told)
     scheduler, kind = pipe.scheduler, type(pipe.scheduler)
 
     @functools.wraps(kind.step)
@@ -116,12 +121,12 @@ def shown(pipe: Any, seen: View, path: Path, size: tuple[int, int] | None, told:
     finally:
         del scheduler.step
         with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+            where.unlink(missing_ok=True)
 
 
 class _Shown:
-    def __init__(self, pipe: Any, seen: View, path: Path, size: tuple[int, int] | None, told: Progress) -> None:
-        self.pipe, self.seen, self.path, self.size, self.told = pipe, seen, path, size, told
+    def __init__(self, pipe: Any, seen: View, where: Path, size: tuple[int, int] | None, told: Progress) -> None:
+        self.pipe, self.seen, self.where, self.size, self.told = pipe, seen, where, size, told
         self.is_over, self.next_s = False, 0.0
 
     def step(self, result: Any, model_output: Any) -> None:
@@ -134,7 +139,7 @@ class _Shown:
             if latents is None:
                 self._end(f"how {type(self.pipe).__name__} packs its latents is not known")
                 return
-            media.write(self.seen.picture(latents, self.size), self.path, {})
+            media.write(self.seen.picture(latents, self.size), self.where, {})
             end = time.monotonic()
             self.next_s = end + _REST * (end - start)
         except (OSError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
