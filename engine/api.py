@@ -11,6 +11,8 @@ from engine.arguments import StepLike
 from engine.errors import HardwareError, ModelError, NothingFitsError, UsageError
 from engine.estimate.estimator import Estimator
 from engine.facts import from_picture
+from engine.facts.loras import LoraLike
+from engine.facts.loras import read as read_loras
 from engine.facts.model import Component, Model
 from engine.plan import Plan
 from engine.units import format_size
@@ -38,6 +40,7 @@ def resolve(
     guidance: float | None = None,
     call: Mapping[str, Any] | None = None,
     components: Mapping[str, None] | None = None,
+    loras: Iterable[LoraLike] = (),
     pipeline_class: str | None = None,
     vram: int | str | None = None,
     host_ram: int | str | None = None,
@@ -60,8 +63,10 @@ def resolve(
     `host_ram` and `headroom` are bytes or text such as "12GiB". With `optimizers` the list is exact, else a profile is
     chosen (`profile` names the only one allowed). `components` names parts that are not loaded
     (`{"text_encoder_2": None}`: what it would give is handed in), `pipeline_class` another class of diffusers for the
-    same components. `device="cpu"` leaves a card alone; `hardware` replaces the probe. `told` is given a line before
-    something that takes seconds: the first dry run of a model at a size.
+    same components. `loras` are fused into the weights while they are loaded: "PATH", "PATH:weight" or (path, weight),
+    of a file in safetensors, a folder with one, or OWNER/MODEL on the hub. `device="cpu"` leaves a card alone;
+    `hardware` replaces the probe. `told` is given a line before something that takes seconds: the first dry run of a
+    model at a size.
 
     `image` in the call is a picture to begin with: the path of a file, an image of PIL, or only its `width` and
     `height` in pixels. The pipeline is then the one that begins with a picture, and the size is the picture's where
@@ -90,6 +95,7 @@ def resolve(
         batch=arguments.count("batch", batch, arguments.MAX_BATCH) or 1,
         call=FrozenDict(arguments.plain("call", {**known.defaults.call, **(call or {})})),
         components=FrozenDict(components or {}),
+        loras=read_loras(loras, known),
         device=arguments.choice("device", device, arguments.DEVICES),
         gpu=None if gpu is None else str(gpu),
         vram_bytes=arguments.size("vram", vram),
@@ -131,15 +137,19 @@ def again(
     told: Callable[[str], None] | None = None,
     *,
     below_bytes: int | None = None,
+    may_run: bool = True,
 ) -> Plan:
     """Return the plan for another request or machine than `made` is for, all else as it was. Raises: as `resolve`.
 
-    `below_bytes`: only what needs less than that of the card, up to the upper end of its interval, is chosen.
+    `below_bytes`: only what needs less than that of the card, up to the upper end of its interval, is chosen. Without
+    `may_run` a dry run that was not made yet is not made: `engine.estimate.store.NotTraced`.
     """
     request = _fitted(request)
     chain = () if request.profile is None else profiles.chain(request.profile)
     listed = made.optimizers if request.exact else None
-    return _solved(model_of(request), request, hardware, listed, chain, (), told, below_bytes)
+    return _solved(
+        model_of(request), request, hardware, listed, chain, (), told, below_bytes=below_bytes, may_run=may_run
+    )
 
 
 def least_free_vram(made: Plan) -> int:
@@ -173,9 +183,14 @@ def _solved(
     chain: Sequence[Profile],
     notes: Sequence[Note],
     told: Callable[[str], None] | None,
+    *,
     below_bytes: int | None = None,
+    may_run: bool = True,
 ) -> Plan:
-    tried = [_Case(request, known, card, seen, told, below_bytes) for card in cards.candidates(request, seen)]
+    tried = [
+        _Case(request, known, card, seen, told, below_bytes=below_bytes, may_run=may_run)
+        for card in cards.candidates(request, seen)
+    ]
     for case in tried:
         case.decide(listed, chain)
     taken = tried[solve.better([c.decision for c in tried])]
@@ -192,7 +207,9 @@ class _Case:
         card: Gpu | None,
         seen: Hardware,
         told: Callable[[str], None] | None,
-        below_bytes: int | None = None,
+        *,
+        below_bytes: int | None,
+        may_run: bool,
     ) -> None:
         self.request, self.known, self.card, self.seen, self.below_bytes = request, known, card, seen, below_bytes
         self.headroom_bytes = None if card is None else cards.headroom_bytes(request, card)
@@ -202,7 +219,9 @@ class _Case:
         self.calibrated = calibration.find(card, seen.driver)
         measured = self.calibrated.calibration
         runs = history.comparable(card, seen.driver, measured)
-        self.estimates = Estimator(known, request, card, self.budget_bytes, told, calibration=measured, runs=runs)
+        self.estimates = Estimator(
+            known, request, card, self.budget_bytes, told, calibration=measured, runs=runs, may_run=may_run
+        )
         self.decision: solve.Decision
 
     def decide(self, listed: Sequence[Step] | None, chain: Sequence[Profile]) -> None:

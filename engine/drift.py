@@ -15,12 +15,14 @@ from typing import Any
 from engine import api, arguments, facts, gpus, lock, plan, probe, versions
 from engine.errors import (
     DgRunError,
+    FileError,
     HardwareError,
     IncompatibleError,
     ModelError,
     NothingFitsError,
     UsageError,
 )
+from engine.facts import loras
 from engine.facts.model import Model
 from engine.lock import Lock
 from engine.plan import Plan
@@ -28,7 +30,7 @@ from engine.units import format_size
 from engine.values import Gpu, Hardware, Note, Step
 
 REFUSE, WARN = "refuse", "warn"
-_KINDS: tuple[type[DgRunError], ...] = (NothingFitsError, ModelError, HardwareError, IncompatibleError)
+_KINDS: tuple[type[DgRunError], ...] = (NothingFitsError, ModelError, FileError, HardwareError, IncompatibleError)
 # Of the libraries, those that a trace is made with: another minor version may compute, and hold, something else.
 _TRACING = ("torch", "diffusers", "transformers", "accelerate")
 _NOT_THERE = "none"
@@ -87,7 +89,7 @@ def held(
     seen = seen_for(locked, hardware)
     card = _card(locked, seen)
     known = model_of(locked)
-    of_model = tuple(_of_model(locked, known, is_run=is_run))
+    of_model = (*_of_model(locked, known, is_run=is_run), *_of_loras(locked))
     gone = tuple(_of_absence(locked, seen, card))
     if gone or any(d.severity == REFUSE for d in of_model):
         return Held(plan=None, drift=(*of_model, *gone, *_of_around(locked, seen, card, None)))
@@ -119,6 +121,7 @@ def refusal(drift: Sequence[Drift]) -> DgRunError:
     remedies = {
         NothingFitsError: "free memory on the card, or lock again for what is here",
         ModelError: "give the model in that revision, or lock again",
+        FileError: "put the file back as it was, or lock again",
     }
     return kind(
         "the locked plan does not stand on this machine",
@@ -204,6 +207,24 @@ def _of_model(locked: Lock, known: Model, *, is_run: bool) -> Iterator[Drift]:
         yield Drift(name=f"model {stood.branch}", old=stood.revision, new=newest, severity=WARN, because=because)
 
 
+def _of_loras(locked: Lock) -> Iterator[Drift]:
+    """Yield the LoRAs that are not what they were: by their content, wherever they lie."""
+    for lora in locked.request.loras:
+        try:
+            now, because = loras.digest(loras.located(lora.path)), "another LoRA draws another picture"
+        except DgRunError as error:
+            now, because = None, f"{error.what}: {error.why}"
+        if now != lora.sha256:
+            yield Drift(
+                name=f"LoRA {lora.path}",
+                old=lora.sha256[:12],
+                new=None if now is None else now[:12],
+                severity=REFUSE,
+                because=because,
+                exit_code=FileError.exit_code,
+            )
+
+
 def _planned(locked: Lock, known: Model, seen: Hardware, card: Gpu | None, told: Callable[[str], None] | None) -> Plan:
     """Return the plan of the locked list, in its own order and under its own name, estimated on what is here."""
     asked = locked.request
@@ -236,6 +257,7 @@ def asked_for(locked: Lock, known: Model) -> dict[str, Any]:
         "batch": asked.batch,
         "call": asked.call,
         "components": asked.components,
+        "loras": asked.loras,
         "pipeline_class": asked.pipeline_class,
         "host_ram": asked.host_ram_bytes,
         "headroom": None if locked.stands_on.gpu is None else asked.headroom_bytes,

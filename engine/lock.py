@@ -272,6 +272,8 @@ def _sorted(value: Any) -> Any:
 def _content(lock: Lock) -> dict[str, Any]:
     content = dataclasses.asdict(lock)
     del content["request"]["gpu"]  # which of several equal cards it was is no part of it
+    if not lock.request.loras:  # as locks were written before there were LoRAs
+        del content["request"]["loras"]
     return content
 
 

@@ -199,6 +199,10 @@ class Plan:
 def digest(request: Request, profile: ProfileRef | None, steps: tuple[Step, ...]) -> str:
     """Return the SHA-256 of what would be run: model, revision, request, profile and optimizers, not what was seen."""
     asked = {k: v for k, v in dataclasses.asdict(request).items() if k not in _SEEN}
+    if request.loras:  # by what is in them, wherever they lie
+        asked["loras"] = [{"sha256": lora.sha256, "weight": lora.weight} for lora in request.loras]
+    else:  # digests are what they were before there were LoRAs
+        del asked["loras"]
     named = None if profile is None else {"name": profile.name, "version": profile.version}
     content = {"request": asked, "profile": named, "optimizers": [dataclasses.asdict(s) for s in steps]}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

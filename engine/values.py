@@ -222,6 +222,20 @@ class ProfileRef:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lora:
+    """A LoRA that is fused into the weights while they are loaded; it is what is in its file, wherever that lies."""
+
+    path: str
+    """A file, or OWNER/MODEL[/FILE] on the hub."""
+    sha256: str
+    """Of the file's content, in hexadecimal."""
+    weight: float
+    """By what it is multiplied."""
+    components: tuple[str, ...]
+    """Which of the model's components it can act on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What was asked for. A size that is None is left to the pipeline's own default."""
 
@@ -237,6 +251,7 @@ class Request:
     call: Mapping[str, Any] = field(default_factory=FrozenDict)
     components: Mapping[str, None] = field(default_factory=FrozenDict)
     """Components that are left out of the pipeline, by name."""
+    loras: tuple[Lora, ...] = ()
     device: str | None = None
     gpu: str | None = None
     vram_bytes: int | None = None

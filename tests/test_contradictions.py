@@ -95,6 +95,7 @@ FLAGS: dict[str, tuple[int, list[str], list[str]]] = {
 BESIDE_PLAN = {
     "--auto": [],
     "--model": ["x"],
+    "--lora": ["x"],
     "--height": ["64"],
     "--width": ["64"],
     "--batch_size": ["1"],
@@ -154,7 +155,7 @@ def test_every_option_is_allowed_beside_a_locked_plan_or_refused() -> None:
     from engine.cli import generate
 
     known = {a.option_strings[0] for a in generate.parser()._actions} - {"-h", "--version"}
-    job = {"--prompt", "--prompts", "--image", "--num_images", "--seed", "--output", "--debug"}
+    job = {"--prompt", "--prompts", "--image", "--num_images", "--seed", "--output", "--preview", "--debug"}
     assert known == {*BESIDE_PLAN, "--plan", "--like"} | job
 
 

@@ -26,7 +26,7 @@ from engine.optimizers.spec import named
 from engine.values import FrozenDict, Step
 from truth import cases, pipelines, saved
 from truth.cases import Case
-from truth.executed import Call, drawn
+from truth.executed import drawn
 from truth.predicted import predicted, trace
 
 K = TypeVar("K")
@@ -38,7 +38,11 @@ QUICK_FIRST = (
     *("cogvideox", "mochi", "wan", "sd_img2img", "sd"),
 )
 """The architectures, by how long a call takes."""
-LEFT_OUT = {"xdit": "it needs several cards, and this version does not start it"}
+LEFT_OUT = {
+    "allocator": "it acts on CUDA's own allocator",
+    "tf32": "it acts on the products of a card alone",
+    "xdit": "it needs several cards, and this version does not start it",
+}
 """Optimizers that are not executed here, and why."""
 
 
@@ -53,6 +57,7 @@ _VARIANTS: dict[str, dict[str, tuple[Step, ...]]] = {
         "fp8": (_step("layerwise_casting"),),
         "text and denoiser in fp8": cases.CASTS["text and denoiser in fp8"][:1],
     },
+    "attention_backend": {"_native_math": (_step("attention_backend", backend="_native_math"),)},
     "group_offload": {n: (s,) for n, s in cases.PLACEMENTS.items() if s.name == "group_offload"},
 }
 """The optimizers that act in several ways, by what tells them apart; all others are taken with their defaults."""
@@ -88,7 +93,7 @@ def case_of(architecture: str, *names: str) -> Case:
 
 def _naming(step: Step, names: Sequence[str]) -> Step:
     """Return a step with these names of components, if it has any: cases name those of every architecture."""
-    return dataclasses.replace(step, params=FrozenDict(step.params | {"components": tuple(names)})) if names else step
+    return dataclasses.replace(step, params=FrozenDict({**step.params, "components": tuple(names)})) if names else step
 
 
 def singles(architecture: str) -> Iterator[Case]:
@@ -113,7 +118,7 @@ def pairs(architecture: str) -> Iterator[Case]:
 def few() -> list[Case]:
     """Return a part of all: each way and each architecture at least once, the same every time.
 
-    Ways go round the architectures, each on the next one on which it acts.
+    Ways go round the architectures, each on the next one on which it acts. One denoising step does: calls are two.
     """
     waiting, found = list(QUICK_FIRST), []
     for name in ways():
@@ -125,7 +130,13 @@ def few() -> list[Case]:
                 waiting.append(architecture)
                 break
     seen = {c.architecture for c in found}
-    return [*found, *(case_of(n, "group_offload, leaf, streamed") for n in pipelines.ALL if n not in seen)]
+    found += [case_of(n, "group_offload, leaf, streamed") for n in pipelines.ALL if n not in seen]
+    return [dataclasses.replace(c, call=FrozenDict({**c.call, **_fewest(c.architecture)})) for c in found]
+
+
+def _fewest(architecture: str) -> dict[str, int]:
+    """Return the arguments of a call that denoises once; a part of its steps are left out where a picture goes in."""
+    return {"num_inference_steps": 2 if "strength" in cases.usual_call(architecture) else 1}
 
 
 def is_permitted(case: Case) -> bool:
@@ -156,6 +167,7 @@ def plain(case: Case) -> Case:
 
 
 SUMS = {
+    "attention_backend": "another kernel takes its sums in another order",
     "fuse_qkv": "three products become one, whose sums the CPU's library may take in another order",
     "vae_slicing": "convolutions of one picture and of a batch take their sums in another order",
 }
@@ -208,21 +220,21 @@ def compared(case: Case) -> Drawn:
         id=case.id,
         architecture=case.architecture,
         optimizers=tuple(s.name for s in case.steps),
-        off=tuple(_off(c.picture, w.picture) for c, w in zip(calls, wanted, strict=True)),
+        off=tuple(_off(call.picture, wanted) for call in calls),
         allowed=allowed(case),
         error=told.peak_bytes / seen.peak_bytes - 1,
         later_error=max(c.peak_bytes for c in calls[1:]) / told.peak_bytes - 1,
     )
 
 
-_plain: dict[str, tuple[Call, ...]] = {}
+_plain: dict[str, np.ndarray] = {}
 _traced: dict[tuple[str, ...], Trace] = {}
 # What is dealt with one after the other is much alike: to keep a few is enough.
 _KEPT = 8
 
 
-def _plainly(case: Case) -> tuple[Call, ...]:
-    return _kept(_plain, case.id, lambda: drawn(case, CALLS)[1])
+def _plainly(case: Case) -> np.ndarray:
+    return _kept(_plain, case.id, lambda: drawn(case, 1)[1][0].picture)
 
 
 def _trace(case: Case) -> Trace:

@@ -133,6 +133,9 @@ def add_job(parser: Parser) -> None:
         metavar="FILE|DIR/",
         help="where it goes: a .png (a .mp4 for videos), or a folder (default: a new name in outputs/)",
     )
+    parser.add_argument(
+        "--preview", action="store_true", help="show what is being made, in NAME.preview.png beside the output"
+    )
 
 
 def add_request(parser: Parser) -> None:
@@ -150,6 +153,13 @@ def _add_sizes(parser: Parser) -> None:
         "--model_name",
         metavar="ID|DIR",
         help="a directory, or OWNER/MODEL[@REVISION] on the hub (default: the embedded model)",
+    )
+    group.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:WEIGHT]",
+        help="fuse a LoRA (safetensors: a file, a folder, OWNER/MODEL[/FILE] on the hub); repeatable",
     )
     group.add_argument("--height", type=whole, metavar="PX")
     group.add_argument("--width", type=whole, metavar="PX")
@@ -236,6 +246,7 @@ def request(options: argparse.Namespace) -> dict[str, Any]:
     call = _call(options)
     return {
         "model": options.model,
+        "loras": options.lora,
         "height": options.height,
         "width": options.width,
         "frames": options.num_frames,

@@ -41,8 +41,12 @@ class Estimator:
         *,
         calibration: Calibration | None = None,
         runs: Sequence[history.Run] = (),
+        may_run: bool = True,
     ) -> None:
-        """`calibration` is what was measured of the card, `runs` are those it made under the same circumstances."""
+        """`calibration` is what was measured of the card, `runs` are those it made under the same circumstances.
+
+        Without `may_run`, what needs a dry run that was not made yet raises `store.NotTraced`.
+        """
         self.model = model
         self.request = request
         self.gpu = gpu
@@ -52,9 +56,12 @@ class Estimator:
         self._measured_by = None if calibration is None else calibration.digest
         self._ranges = history.ranges(runs)
         self._told = told
+        self._may_run = may_run
         self._keys: dict[tuple[str, ...], str] = {}
         self._answers: dict[str, store.Answers] = {}
-        self._stored = {n: c.stored_dtype for n, c in model.components.items()}
+        # What a LoRA is fused into is no page of its file any more.
+        changed = {n for lora in request.loras for n in lora.components}
+        self._stored = {n: None if n in changed else c.stored_dtype for n, c in model.components.items()}
         self._card = None if gpu is None else store.card_key(gpu, request, self._stored, self._measured_by)
         self._speed: dict[bool, Speeds | None] = {}
         self._ways: dict[tuple[str, str], Trace] = {}
@@ -289,6 +296,10 @@ class Estimator:
             return "a pipeline object is taken as it is; plan by its model's name or directory"
         if any(s.name == "xdit" for s in steps):
             return "xdit runs on several cards, and estimates are of one"
+        for step in steps:
+            because = optimizers.optional(step.name, "not_estimated")
+            if because is not None and (why := because(step)) is not None:
+                return str(why)
         return self._unknown_attention(steps)
 
     def _unknown_attention(self, steps: Sequence[Step]) -> str | None:
@@ -311,7 +322,9 @@ class Estimator:
 
     def _trace(self, dtype: str, changes: tuple[Step, ...], along: str) -> Trace | None:
         is_plain = self.request.exact and not along
-        found = store.find(self.model, self.request, dtype, changes, self._told, is_plain=is_plain)
+        found = store.find(
+            self.model, self.request, dtype, changes, self._told, is_plain=is_plain, may_run=self._may_run
+        )
         if found is None:
             self.because = "torch, diffusers and transformers are needed for a dry run, and not all are installed"
         return found

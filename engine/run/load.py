@@ -15,7 +15,7 @@ from engine.facts.model import Model
 from engine.optimizers import placing, staged_encoding
 from engine.optimizers.spec import Context, NotApplied, modules, on
 from engine.plan import Plan
-from engine.run import applied, callers, device, download, interrupt, lock, parts, progress
+from engine.run import applied, callers, device, download, fuse, interrupt, lock, parts, progress
 from engine.run.download import Local
 from engine.run.parts import Parts
 from engine.run.progress import Progress, Quiet
@@ -33,13 +33,14 @@ def load(plan: Plan, told: Progress | None = None, *, debug: bool = False) -> An
     with opened(plan, told, debug=debug) as source:
         here = context(plan)
         _refuse_unknown(plan, source)
-        if _comes_by_component(plan.optimizers, source.model.parts, here):
-            try:
-                whole = source.parts()
-            except ModelError:  # what cannot be built of its configuration alone comes as the library loads it
-                whole = None
-            if whole is not None:
-                return made(whole, list(whole.twins), plan.optimizers, {}, here, told, idle(plan))
+        try:
+            whole = source.parts()
+        except ModelError:  # what cannot be built of its configuration alone comes as the library loads it
+            if plan.request.loras:  # which are held against what it is built of
+                raise
+            whole = None
+        if whole is not None:
+            return made(whole, list(whole.twins), plan.optimizers, {}, here, told, idle(plan))
         with told.stage(f"loading {plan.request.model}"):
             pipe = source.pipeline()
         return apply_all(plan.optimizers, pipe, here, told, idle(plan))
@@ -65,7 +66,8 @@ class Source:
     def parts(self) -> Parts:
         """Return how it is loaded in parts. Raises: ModelError, when its classes do not take their configurations."""
         absent = self.plan.request.components
-        return Parts(make=self.pipeline, twins=parts.twins(self.model, context(self.plan).dtype, absent))
+        twins = parts.twins(self.model, context(self.plan).dtype, absent)
+        return Parts(make=self.pipeline, twins=twins, change=fuse.fusing(self.plan.request, self.model, twins))
 
 
 @contextlib.contextmanager
@@ -147,7 +149,7 @@ def idle(plan: Plan) -> frozenset[str]:
 
 
 def _from_pretrained(plan: Plan, files: Local, given: Mapping[str, Any], other_class: str | None) -> Any:
-    """Return the pipeline of a folder; `other_class` makes it of the same components. Raises: ModelError."""
+    """Return the pipeline of a model's files; `other_class` makes it of the same components. Raises: ModelError."""
     import torch
     from safetensors import SafetensorError
 
@@ -205,9 +207,12 @@ def made(
     the whole model. `given` are components that have no weights and were loaded before.
     """
     done: set[str] = set()
+    is_moved = _goes_by_component(steps, names, here)
 
     def settle(name: str, module: Any) -> None:
         """What changes weights acts on the host, before they are on the device."""
+        if not is_moved:
+            return
         alone = SimpleNamespace(components={name: module}, **{name: module})
         for step in steps:
             if _is_passed_over(step, here, idle) or not optimizers.spec(step.name).changes_weights:
@@ -218,20 +223,19 @@ def made(
         module.to(here.device)
 
     with told.stage("loading the model" if len(names) == len(whole.twins) else f"loading {', '.join(names)}"):
-        if _comes_by_component(steps, names, here):
-            pipe = whole.loaded((), whole.one_by_one(names, given, settle))
+        if "motion_adapter" in names:  # AnimateDiff makes one component of two others while the pipeline is made
+            pipe = whole.loaded(names, given, told)
         else:
-            pipe = whole.loaded(names, given)
+            pipe = whole.loaded((), whole.one_by_one(names, given, settle, told), told)
     for name in whole.twins:
         if name not in names:
             setattr(pipe, name, None)
     return apply_all(steps, pipe, here, told, idle, done)
 
 
-def _comes_by_component(steps: Sequence[Step], names: Sequence[str], here: Context) -> bool:
+def _goes_by_component(steps: Sequence[Step], names: Sequence[str], here: Context) -> bool:
     """Whether components are put on the device as they come. The offloads begin with everything on the host."""
     placed = placing.placements(placing.spread(steps, names))
-    # AnimateDiff makes one component of two others while the pipeline is made.
     return here.has_accelerator and "motion_adapter" not in names and {s.name for s in placed} <= {placing.RESIDENT}
 
 
@@ -247,6 +251,12 @@ def apply(plan: Plan, pipe: Any, told: Progress | None = None) -> Any:
     """
     refuse_unfit(plan)
     _refuse_staged(plan)
+    if plan.request.loras:
+        raise IncompatibleError(
+            "the plan fuses LoRAs while it loads, which a loaded pipeline is too late for",
+            "whether they are in its weights already cannot be seen",
+            "plan.load() fuses them; or fuse your own and plan without: pipe.fuse_lora(), pipe.unload_lora_weights()",
+        )
     callers.refuse_other(plan, pipe, told or Quiet())
     return apply_steps(plan, pipe, context(plan), told)
 
@@ -263,6 +273,22 @@ def apply_steps(plan: Plan, pipe: Any, here: Context, told: Progress | None = No
         return pipe
     there = callers.already(planned, pipe, here)
     return apply_all(plan.optimizers, pipe, here, told, idle(plan), there=there)
+
+
+def verify_after_call(pipe: Any) -> dict[str, str]:
+    """Return what is seen to hold once a pipeline was called, by step: where its weights are then.
+
+    Nothing is seen of a pipeline to which no plan was applied. Raises: NotApplied, with the optimizer's name.
+    """
+    seen: dict[str, str] = {}
+    before = applied.of(pipe)
+    if before is None:
+        return seen
+    for step in before.acted:
+        settled = optimizers.optional(step.name, "settled")
+        if settled is not None:
+            seen[str(step)] = settled(pipe, step, before.here)
+    return seen
 
 
 def undo(plan: Plan, pipe: Any, told: Progress | None = None) -> None:

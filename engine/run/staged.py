@@ -98,8 +98,8 @@ def first(
     encoders = [n for n in whole.twins if is_text_encoder(n)]
     with calls.within("the text encoders were loaded (stage one of staged_encoding)"):
         with told.stage(f"loading {names(sorted(encoders))}"):
-            found = whole.one_by_one(encoders, {}, settle)
-            pipe = whole.loaded((), found)
+            found = whole.one_by_one(encoders, {}, settle, told)
+            pipe = whole.loaded((), found, told)
     encoded, seconds = [], []
     with calls.within("the prompts were encoded (stage one of staged_encoding)"), told.stage("encoding the prompts"):
         for call in wanted(pipe):
