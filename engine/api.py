@@ -137,15 +137,19 @@ def again(
     told: Callable[[str], None] | None = None,
     *,
     below_bytes: int | None = None,
+    may_run: bool = True,
 ) -> Plan:
     """Return the plan for another request or machine than `made` is for, all else as it was. Raises: as `resolve`.
 
-    `below_bytes`: only what needs less than that of the card, up to the upper end of its interval, is chosen.
+    `below_bytes`: only what needs less than that of the card, up to the upper end of its interval, is chosen. Without
+    `may_run` a dry run that was not made yet is not made: `engine.estimate.store.NotTraced`.
     """
     request = _fitted(request)
     chain = () if request.profile is None else profiles.chain(request.profile)
     listed = made.optimizers if request.exact else None
-    return _solved(model_of(request), request, hardware, listed, chain, (), told, below_bytes)
+    return _solved(
+        model_of(request), request, hardware, listed, chain, (), told, below_bytes=below_bytes, may_run=may_run
+    )
 
 
 def least_free_vram(made: Plan) -> int:
@@ -179,9 +183,14 @@ def _solved(
     chain: Sequence[Profile],
     notes: Sequence[Note],
     told: Callable[[str], None] | None,
+    *,
     below_bytes: int | None = None,
+    may_run: bool = True,
 ) -> Plan:
-    tried = [_Case(request, known, card, seen, told, below_bytes) for card in cards.candidates(request, seen)]
+    tried = [
+        _Case(request, known, card, seen, told, below_bytes=below_bytes, may_run=may_run)
+        for card in cards.candidates(request, seen)
+    ]
     for case in tried:
         case.decide(listed, chain)
     taken = tried[solve.better([c.decision for c in tried])]
@@ -198,7 +207,9 @@ class _Case:
         card: Gpu | None,
         seen: Hardware,
         told: Callable[[str], None] | None,
-        below_bytes: int | None = None,
+        *,
+        below_bytes: int | None,
+        may_run: bool,
     ) -> None:
         self.request, self.known, self.card, self.seen, self.below_bytes = request, known, card, seen, below_bytes
         self.headroom_bytes = None if card is None else cards.headroom_bytes(request, card)
@@ -208,7 +219,9 @@ class _Case:
         self.calibrated = calibration.find(card, seen.driver)
         measured = self.calibrated.calibration
         runs = history.comparable(card, seen.driver, measured)
-        self.estimates = Estimator(known, request, card, self.budget_bytes, told, calibration=measured, runs=runs)
+        self.estimates = Estimator(
+            known, request, card, self.budget_bytes, told, calibration=measured, runs=runs, may_run=may_run
+        )
         self.decision: solve.Decision
 
     def decide(self, listed: Sequence[Step] | None, chain: Sequence[Profile]) -> None:

@@ -116,7 +116,7 @@ def _headline(plan: Plan) -> str:
     if plan.fits is False:
         return "nothing fits" if not plan.request.exact else "the listed optimizers do not fit"
     idle = {n.optimizer for n in plan.notes if n.kind == "no_effect"}
-    parts = [_run([s for s in plan.optimizers if s.name not in idle or optimizers.spec(s.name).is_placement])]
+    parts = [run_text([s for s in plan.optimizers if s.name not in idle or optimizers.spec(s.name).is_placement])]
     if plan.profile is not None:
         parts[0] += f" ({plan.profile.name})"
     if taken.required_bytes is not None and plan.budget_bytes is not None:
@@ -128,7 +128,7 @@ def _headline(plan: Plan) -> str:
     return ", ".join(parts)
 
 
-def _run(steps: Sequence[Step]) -> str:
+def run_text(steps: Sequence[Step]) -> str:
     """Return what makes a list of steps what it is: without the dtype, which is nearly always the same."""
     return " + ".join(optimizers.short(s) for s in steps if s.name not in ("dtype", "vae_slicing")) or "nothing"
 
@@ -220,7 +220,7 @@ def _kind(steps: Sequence[Step]) -> tuple[str, ...]:
 
 def _line(best: Rejection, several: Sequence[Rejection]) -> str:
     same = [r for r in several if r.optimizers == best.optimizers and r.because == best.because]
-    run = "" if best.rule.startswith("match.") else _run(best.optimizers)
+    run = "" if best.rule.startswith("match.") else run_text(best.optimizers)
     others = len({str(r.optimizers) for r in several}) - 1
     more = f" (and {others} like it)" if others else ""
     return f"{_named(run, same)}: {best.because}{more}"
@@ -238,7 +238,7 @@ def _ladder(plan: Plan) -> str:
         name = "" if rung.profile is None else f" ({rung.profile.name})"
         needs = "" if rung.required_bytes is None else f", {format_size(rung.required_bytes)} needed"
         takes = "" if rung.seconds is None else f", about {_seconds(rung.seconds)}"
-        lines.append(f"{begin}{_run(rung.optimizers)}{name}{needs}{takes}")
+        lines.append(f"{begin}{run_text(rung.optimizers)}{name}{needs}{takes}")
     return "\n".join(lines)
 
 
@@ -255,7 +255,7 @@ def _order(rejection: Rejection) -> tuple[int, float]:
 
 def _advice(plan: Plan) -> str:
     return "\n".join(
-        f"{a.change}: {_run(a.optimizers)}"
+        f"{a.change}: {run_text(a.optimizers)}"
         + (f" ({a.profile})" if a.profile else "")
         + (f", {format_size(a.required_bytes)} needed" if a.required_bytes is not None else "")
         + (f", about {_seconds(a.seconds)}" if a.seconds is not None else "")

@@ -255,6 +255,11 @@ MODIFIED: dict[str, tuple[Callable[[Any], Any], list[Any], str | None]] = {
     "tiling, and not planned": (lambda pipe: pipe.vae.enable_tiling(), ["vae_slicing"], "vae_tiling acts"),
     "fused": (lambda pipe: pipe.transformer.fuse_qkv_projections(), ["vae_slicing"], "fuse_qkv acts"),
     "fused as planned": (lambda pipe: pipe.transformer.fuse_qkv_projections(), ["fuse_qkv"], None),
+    "a kernel of attention": (
+        lambda pipe: pipe.transformer.transformer_blocks[0].attn.set_attention_backend("_native_math"),
+        ["vae_slicing"],
+        "attention_backend acts",
+    ),
     "another dtype than planned": (
         lambda pipe: pipe.transformer.to(torch.bfloat16),
         [step("dtype", value="float32")],

@@ -378,11 +378,14 @@ def test_a_run_of_a_calibrated_plan_says_by_which_calibration() -> None:
 
 
 @pytest.mark.usefixtures("measured")
-def test_a_run_that_ran_out_of_memory_is_remembered_and_one_that_was_refused_is_not() -> None:
+def test_a_run_that_ran_out_of_memory_is_remembered_and_one_that_was_refused_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     import torch
 
+    monkeypatch.setattr("engine.run.load.load", lambda *_, **__: Pipe(torch.OutOfMemoryError("2 GiB")))
     with pytest.raises(OutOfMemoryError):
-        called(plan(), Pipe(torch.OutOfMemoryError("2 GiB")), "a red circle")
+        next(plan().run("a red circle", seed=7))
     for error in (ValueError("no"), KeyboardInterrupt()):
         with pytest.raises(BaseException):  # noqa: B017
             called(plan(), Pipe(error), "a red circle")  # type: ignore[arg-type]

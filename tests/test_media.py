@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from engine.errors import FileError, IncompatibleError
+from engine.facts import video as families
 from engine.run import media
 from engine.run.media import Video
 
@@ -105,7 +106,7 @@ def test_how_fast_a_video_plays_is_said_by_its_call_its_pipeline_or_its_family()
     assert media.frame_rate(ltx, {"frame_rate": 30}) == 30
     assert media.frame_rate(ltx, {}) == 25
     assert media.frame_rate(cosmos, {"fps": 12.5}) == 12.5
-    assert media.frame_rate(cosmos, {"fps": float("nan")}) == media.UNKNOWN_FRAME_RATE
+    assert media.frame_rate(cosmos, {"fps": float("nan")}) == families.UNKNOWN_FRAME_RATE
     for name, rate in {
         "WanPipeline": 16,
         "WanAnimatePipeline": 30,
@@ -113,7 +114,7 @@ def test_how_fast_a_video_plays_is_said_by_its_call_its_pipeline_or_its_family()
         "HunyuanVideoFramepackPipeline": 30,
         "MochiPipeline": 30,
         "AnimateDiffSDXLPipeline": 8,
-        "OtherPipeline": media.UNKNOWN_FRAME_RATE,
+        "OtherPipeline": families.UNKNOWN_FRAME_RATE,
     }.items():
         assert media.frame_rate(pipe_named(name), {}) == rate, name
     packed = SimpleNamespace(get={"expand_timesteps": True}.get)
@@ -127,7 +128,11 @@ def test_every_family_of_the_table_is_one_of_diffusers() -> None:
     import diffusers
 
     names = [n for n in dir(diffusers) if n.endswith("Pipeline")]
-    assert [f for f in media._FRAME_RATES if not any(n.startswith(f) for n in names)] == []
+    assert [f for f in families._FRAME_RATES if not any(n.startswith(f) for n in names)] == []
+    assert set(families._PICTURES) < set(names)
+    assert {"WanPipeline", "LTXPipeline", "Kandinsky5T2VPipeline"} <= {n for n in names if families.gives_videos(n)}
+    pictures = {"FluxPipeline", "SanaPipeline", "Kandinsky5T2IPipeline", "StableDiffusionPipeline"}
+    assert pictures <= {n for n in names if not families.gives_videos(n)}
 
 
 # --- files

@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from engine import optimizers
+from tools import optimizer_table
 from truth import effects, many, outputs, pipelines
 from truth.effects import APPLIED, NOTHING
 from truth.executed import executed
@@ -63,3 +64,31 @@ def test_a_cast_to_as_many_bytes_saves_none(dtype: str, storage: str) -> None:
     assert f"casting-from-{dtype}-to-{storage}" in {f.rule.id for f in outputs.findings(case)}
     assert executed(case).peak_bytes >= executed(dataclasses.replace(case, steps=())).peak_bytes
     assert effects.cell("ltx", f"layerwise_casting, {dtype} to {storage}").seen == APPLIED
+
+
+def test_the_table_of_the_docs_is_what_was_executed_and_was_foretold() -> None:
+    """Of every optimizer that there is, on every architecture, and no run that the rules had not foretold."""
+    cells = optimizer_table.stored()
+    assert list(optimizer_table.problems(cells)) == []
+    assert optimizer_table.PAGE.read_text(encoding="utf-8") == optimizer_table.page(cells), "stale: --write"
+
+
+@pytest.mark.parametrize(
+    ("way", "architecture"),
+    [
+        ("fuse_qkv", "ltx"),
+        ("attention_slicing", "pixart"),
+        ("vae_slicing, one picture", "ltx"),
+        ("group_offload, block", "sd3"),
+        ("model_offload", "qwen_image"),
+    ],
+)
+def test_a_cell_of_the_table_comes_out_again(way: str, architecture: str) -> None:
+    stored = {(c.way, c.architecture): c for c in optimizer_table.stored()}
+    assert effects.cell(architecture, way) == stored[way, architecture]
+
+
+def test_a_run_that_was_not_foretold_shows() -> None:
+    cells = [dataclasses.replace(c, told=NOTHING, seen=APPLIED) for c in optimizer_table.stored()[:1]]
+    assert any("the rules say 'no effect', and it is 'applied'" in p for p in optimizer_table.problems(cells))
+    assert any("runs were not made" in p for p in optimizer_table.problems(cells))

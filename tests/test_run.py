@@ -36,6 +36,7 @@ def step(name: str, **params: Any) -> dict[str, Any]:
 # Each optimizer, as it acts on a device: the CPU stands in for the card, the hooks are the libraries' own.
 ACTING = {
     "fuse_qkv": step("fuse_qkv"),
+    "attention_backend": step("attention_backend"),
     "vae_slicing": step("vae_slicing"),
     "vae_tiling": step("vae_tiling"),
     "layerwise_casting": step("layerwise_casting", storage="float16"),

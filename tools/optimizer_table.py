@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from engine import compat, optimizers, versions
-from truth import effects, many
+from truth import effects, many, outputs
 from truth.effects import APPLIED, FAILED, NOTHING, REFUSED, Cell
 
 PAGE = Path(__file__).parents[1] / "docs" / "optimizers.md"
@@ -73,7 +73,8 @@ def table(cells: Sequence[Cell]) -> str:
         signs = [sign(by_place.get((way, name))) for name in effects.ARCHITECTURES]
         lines.append(f"| {_told(way)} | {' | '.join(signs)} |")
     listed = [f"{number}. {reason}" for reason, number in reasons.items()]
-    return "\n".join([*lines, "", *listed])
+    absent = [f"`{name}` is not in the table: {because}." for name, because in outputs.LEFT_OUT.items()]
+    return "\n".join([*lines, "", *listed, "", *absent])
 
 
 def outcome(cell: Cell) -> str:
@@ -132,7 +133,8 @@ def main() -> int:
         kept = {(c.way, c.architecture): c for c in cells}
         todo = [key for key in todo if not (options.missing and key in kept)]
         # One architecture after the other: what is plain of it is executed once.
-        for cell in many.each(made, sorted(todo, key=lambda key: effects.ARCHITECTURES.index(key[1])), options.jobs):
+        todo.sort(key=lambda key: outputs.QUICK_FIRST.index(key[1]))
+        for cell in many.each(made, todo, options.jobs):
             print(
                 "" if cell.agrees else "NOT FORETOLD",
                 cell.architecture,

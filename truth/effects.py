@@ -75,10 +75,15 @@ def ways() -> tuple[str, ...]:
 
 
 def case_of(architecture: str, name: str) -> Case:
-    """Return an architecture with one way of an optimizer, called as that way wants it.
+    """Return an architecture with one way of an optimizer, called for one step as that way wants it.
 
     A cast is "layerwise_casting, DTYPE to DTYPE".
     """
+    case = _case_of(architecture, name)
+    return dataclasses.replace(case, call=FrozenDict(dict(case.call) | {"num_inference_steps": 1}))
+
+
+def _case_of(architecture: str, name: str) -> Case:
     way, _, situation = name.partition(", ")
     if way == "layerwise_casting" and " to " in situation:
         dtype, _, storage = situation.partition(" to ")
@@ -92,7 +97,7 @@ def case_of(architecture: str, name: str) -> Case:
     usual, vae = cases.usual_call(architecture), saved.model(architecture).components["vae"]
     own, step = tiling.own(vae.cls, vae.config), tiling.multiple(vae.cls, vae.config)
     assert own is not None and step is not None
-    few = {"num_inference_steps": 1} | ({"num_frames": min(usual["num_frames"], 5)} if "num_frames" in usual else {})
+    few = {"num_frames": min(usual["num_frames"], 5)} if "num_frames" in usual else {}
     match situation:
         case "a tile as large as the picture":
             return _tiled(case, -(-max(usual["height"], usual["width"]) // step) * step, {})

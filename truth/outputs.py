@@ -26,7 +26,7 @@ from engine.optimizers.spec import named
 from engine.values import FrozenDict, Step
 from truth import cases, pipelines, saved
 from truth.cases import Case
-from truth.executed import Call, drawn
+from truth.executed import drawn
 from truth.predicted import predicted, trace
 
 K = TypeVar("K")
@@ -38,7 +38,11 @@ QUICK_FIRST = (
     *("cogvideox", "mochi", "wan", "sd_img2img", "sd"),
 )
 """The architectures, by how long a call takes."""
-LEFT_OUT = {"xdit": "it needs several cards, and this version does not start it"}
+LEFT_OUT = {
+    "allocator": "it acts on CUDA's own allocator",
+    "tf32": "it acts on the products of a card alone",
+    "xdit": "it needs several cards, and this version does not start it",
+}
 """Optimizers that are not executed here, and why."""
 
 
@@ -88,7 +92,7 @@ def case_of(architecture: str, *names: str) -> Case:
 
 def _naming(step: Step, names: Sequence[str]) -> Step:
     """Return a step with these names of components, if it has any: cases name those of every architecture."""
-    return dataclasses.replace(step, params=FrozenDict(step.params | {"components": tuple(names)})) if names else step
+    return dataclasses.replace(step, params=FrozenDict({**step.params, "components": tuple(names)})) if names else step
 
 
 def singles(architecture: str) -> Iterator[Case]:
@@ -208,21 +212,21 @@ def compared(case: Case) -> Drawn:
         id=case.id,
         architecture=case.architecture,
         optimizers=tuple(s.name for s in case.steps),
-        off=tuple(_off(c.picture, w.picture) for c, w in zip(calls, wanted, strict=True)),
+        off=tuple(_off(call.picture, wanted) for call in calls),
         allowed=allowed(case),
         error=told.peak_bytes / seen.peak_bytes - 1,
         later_error=max(c.peak_bytes for c in calls[1:]) / told.peak_bytes - 1,
     )
 
 
-_plain: dict[str, tuple[Call, ...]] = {}
+_plain: dict[str, np.ndarray] = {}
 _traced: dict[tuple[str, ...], Trace] = {}
 # What is dealt with one after the other is much alike: to keep a few is enough.
 _KEPT = 8
 
 
-def _plainly(case: Case) -> tuple[Call, ...]:
-    return _kept(_plain, case.id, lambda: drawn(case, CALLS)[1])
+def _plainly(case: Case) -> np.ndarray:
+    return _kept(_plain, case.id, lambda: drawn(case, 1)[1][0].picture)
 
 
 def _trace(case: Case) -> Trace:

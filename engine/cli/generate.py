@@ -246,20 +246,23 @@ def _make(
 ) -> None:
     from engine.run import runner
 
-    peak_bytes = predicted_bytes = None
+    peak_bytes = predicted_bytes = fault = None
     for made in runner.run(plan, wanted, told, again=again, debug=debug):
         for item, output in made.each():
-            if (path := into.place.save(output, item, made.plan)) is None:
+            if (path := into.place.save(output, item, made.plan, is_broken=made.is_broken(item))) is None:
                 continue
             into.journal.add(made, item, path)
             told.say(f"seed {item.seed}, plan {made.plan.digest[:14]}")
             print(path, flush=True)
+        fault = made.fault or fault
         if made.peak_bytes is not None:
             peak_bytes = max(made.peak_bytes, peak_bytes or 0)
             predicted_bytes = made.plan.estimate.peak_allocated_bytes
     if peak_bytes is not None:
         beside = "none was predicted" if predicted_bytes is None else f"predicted {format_size(predicted_bytes)}"
         told.say(f"measured peak {format_size(peak_bytes)} allocated, {beside}")
+    if fault is not None:
+        raise fault
 
 
 def _placed(plan: Plan, job: Job, told: Progress) -> Placed:

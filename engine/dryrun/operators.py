@@ -23,6 +23,7 @@ from engine.dryrun.follow import Follower
 from engine.estimate.trace import Work
 
 aten = torch.ops.aten
+_CUDA: Any = torch.backends.cuda
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,29 +86,41 @@ def _cuda_attention(
 
     Both hold the output and one float32 log-sum-exp a query and head; neither holds the matrix of scores. On 9.x and
     10.x with a recent cuDNN its own kernel goes first, which holds the same: 1.5 KiB more were measured on an H200.
+    Kernels can be ruled out (`torch.nn.attention.sdpa_kernel`), and it is an error then where none that is left fits.
     """
     is_plain = query.dim() == 4 and query.shape[-1] == key.shape[-1] == value.shape[-1]
     if not is_plain or dropout_p:
-        return NotImplemented
+        return _taken_apart()
     is_half = query.dtype in (torch.float16, torch.bfloat16)
     width = query.shape[-1]
-    if attn_mask is None and is_half and width <= 256:
+    is_cudnns = _CUDA.cudnn_sdp_enabled() and is_half and width % 8 == 0 and width <= 256
+    has_flash = _CUDA.flash_sdp_enabled() or is_cudnns
+    has_efficient = _CUDA.mem_efficient_sdp_enabled() or is_cudnns
+    if attn_mask is None and is_half and width <= 256 and has_flash:
         # The flash kernel wants multiples of 8: others are padded before, and cut after.
         query, key, value = (t if width % 8 == 0 else F.pad(t, (0, -width % 8)) for t in (query, key, value))
         scale = width**-0.5 if scale is None else scale
         padded = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, False, scale=scale)[0]
         return padded if width % 8 == 0 else padded[..., :width]
     if enable_gqa:  # fewer keys than queries have heads: the flash kernel shares them, the other does not
-        return NotImplemented
+        return _taken_apart()
     # From compute capability 8.0 on the memory-efficient kernel wants rows of whole 16 bytes.
-    if not (is_half and width % 8 == 0) and not (query.dtype == torch.float32 and width % 4 == 0):
-        return NotImplemented
+    is_whole = (is_half and width % 8 == 0) or (query.dtype == torch.float32 and width % 4 == 0)
+    if not is_whole or not has_efficient:
+        return _taken_apart()
     bias = attn_mask
     if bias is not None:
         if bias.dtype == torch.bool:
             bias = torch.zeros_like(bias, dtype=query.dtype)
         bias = _aligned(bias).expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     return aten._scaled_dot_product_efficient_attention(query, key, value, bias, False, 0.0, is_causal, scale=scale)[0]
+
+
+def _taken_apart() -> Any:
+    """Leave an attention to torch's own steps. Raises: RuntimeError, as torch does, where they are ruled out too."""
+    if not _CUDA.math_sdp_enabled():
+        raise RuntimeError("no kernel of attention that is allowed takes these sizes, this mask or this precision")
+    return NotImplemented
 
 
 def _aligned(bias: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def trace(
     A run that stops is stood in for by its components (`basis` is "component"), with what stopped it.
 
     Raises: ModelError, for a model that cannot be built; UsageError, for arguments its pipeline does not take;
-        IncompatibleError, for a change that cannot be made to it.
+        IncompatibleError, for a change that cannot be made to it, or with which a run stops that does not without.
     """
     with _quiet():
         pipe = build.pipeline(model, getattr(torch, dtype))
@@ -68,8 +68,14 @@ def trace(
             )
         except UsageError:
             raise
-        except Exception as error:  # noqa: BLE001 - what a foreign pipeline raises is not one class
-            return _by_component(pipe, request, target, f"the run stopped at {type(error).__name__}: {_line(error)}")
+        except Exception as error:  # what a foreign pipeline raises is not one class
+            stopped = f"the run stopped at {type(error).__name__}: {_line(error)}"
+            if changes and trace(model, request, dtype, target=target, is_plain=True).basis == "traced":
+                told = ", ".join(str(s) for s in changes)
+                raise IncompatibleError(
+                    f"{told} cannot be used for {model.id}", f"{stopped}; without, it does not stop", "leave it out"
+                ) from error
+            return _by_component(pipe, request, target, stopped)
 
 
 def change(pipe: Any, changes: Sequence[Step], dtype: str) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from engine.dryrun.tensors import tensors_in
-from engine.estimate.trace import Work
+from engine.estimate.trace import NAMED, Work
 
 aten = torch.ops.aten
+_CUDA: Any = torch.backends.cuda
 
 # They make room or another view, and start nothing on the device.
 _NOTHING = {
@@ -76,7 +77,9 @@ def of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, de
         case "attention":
             query, key = args[0], args[1]
             batch, heads, queries, width = query.shape
-            return Work("attention", name, (batch, heads, queries, key.shape[2], width, _ATTENTIONS[func]), moved)
+            # Where cuDNN's kernel is ruled out, as it is by naming another, it does not take the place of this one.
+            kernel = _ATTENTIONS[func] + (0 if _CUDA.cudnn_sdp_enabled() else NAMED)
+            return Work("attention", name, (batch, heads, queries, key.shape[2], width, kernel), moved)
         case "group_norm":
             return Work("group_norm", name, (args[3] * args[6],), moved)
     return Work("memory", name, (), moved)

@@ -22,7 +22,7 @@ from engine import gpus
 from engine.calibration import Calibration
 from engine.estimate import workspaces
 from engine.estimate.placements import DROP, EMPTY, FETCH, LOAD, PIN, STORE, WAIT, Placement, SequentialOffload
-from engine.estimate.trace import BEGIN, END, KIND_BITS, KIND_MASK, PHASE, STEP, WORK, Trace, Work
+from engine.estimate.trace import BEGIN, END, KIND_BITS, KIND_MASK, NAMED, PHASE, STEP, WORK, Trace, Work
 from engine.gpus import Rates
 from engine.values import FrozenDict, Gpu
 
@@ -223,7 +223,7 @@ def _busy(work: Work, speed: Speeds, moving: float) -> float:
             return max(2 * batch * m * n * k / (rate * _fill(batch, m, n, work.dtype, speed)), moving)
         case "attention":
             batch, heads, queries, keys, width, kernel = work.dims
-            measured = speed.attention_flop_per_s.get(_attention_column(width, kernel, work.dtype))
+            measured = speed.attention_flop_per_s.get(_attention_column(width, kernel, work.dtype, speed))
             reached = measured or peak * _attention(width, kernel, work.dtype, speed)
             return 4 * batch * heads * queries * keys * width / reached
         case "conv":
@@ -262,24 +262,26 @@ def _fill(batch: int, m: int, n: int, dtype: str, speed: Speeds) -> float:
     return float(begun * waves / math.ceil(waves))
 
 
-def _attention_column(width: int, kernel: int, dtype: str) -> str:
+def _attention_column(width: int, kernel: int, dtype: str, speed: Speeds) -> str:
     """Return under which width an attention was measured, if any was: in half precision, without a mask."""
     if dtype not in ("float16", "bfloat16"):
         return ""
     if width > 256:
         return "512"
-    return "" if kernel == 2 else "64" if width <= 64 else "128"
+    # Where cuDNN's kernel is preferred it is what was measured, and not one that was named in its place.
+    is_another = kernel > NAMED and workspaces.cudnn_attends(speed.capability)
+    return "" if kernel % NAMED != 1 or is_another else "64" if width <= 64 else "128"
 
 
 def _attention(width: int, kernel: int, dtype: str, speed: Speeds) -> float:
     shares = _data()["attention_share"]
-    if kernel == 2 or width > 256:
+    if kernel % NAMED != 1 or width > 256:
         # Float32 is computed on units that are as they were.
         return float(shares["efficient"]["9.0" if _is_hopper(speed) and dtype != "float32" else "value"])
     column = "64" if width <= 64 else "128"
     if speed.is_half_rate:
         return float(shares["half_rate"][column])
-    if workspaces.cudnn_attends(speed.capability):
+    if kernel <= NAMED and workspaces.cudnn_attends(speed.capability):
         return float(shares["cudnn"][column])
     return float(shares["9.0" if speed.capability >= (9, 0) else "8.0"][column])
 

@@ -14,7 +14,7 @@ from engine.estimate import store
 from engine.estimate.between import between, within
 from engine.estimate.ways import QUADRATIC, way
 from engine.facts.model import Model
-from engine.optimizers import placing
+from engine.optimizers import attention_backend, placing
 from engine.values import Estimate, Gpu, Request, Step
 
 if TYPE_CHECKING:
@@ -41,8 +41,12 @@ class Estimator:
         *,
         calibration: Calibration | None = None,
         runs: Sequence[history.Run] = (),
+        may_run: bool = True,
     ) -> None:
-        """`calibration` is what was measured of the card, `runs` are those it made under the same circumstances."""
+        """`calibration` is what was measured of the card, `runs` are those it made under the same circumstances.
+
+        Without `may_run`, what needs a dry run that was not made yet raises `store.NotTraced`.
+        """
         self.model = model
         self.request = request
         self.gpu = gpu
@@ -52,6 +56,7 @@ class Estimator:
         self._measured_by = None if calibration is None else calibration.digest
         self._ranges = history.ranges(runs)
         self._told = told
+        self._may_run = may_run
         self._keys: dict[tuple[str, ...], str] = {}
         self._answers: dict[str, store.Answers] = {}
         # What a LoRA is fused into is no page of its file any more.
@@ -291,6 +296,18 @@ class Estimator:
             return "a pipeline object is taken as it is; plan by its model's name or directory"
         if any(s.name == "xdit" for s in steps):
             return "xdit runs on several cards, and estimates are of one"
+        return self._unknown_attention(steps)
+
+    def _unknown_attention(self, steps: Sequence[Step]) -> str | None:
+        """Return whose kernel of attention was never looked into on this card, or None."""
+        from engine.estimate import workspaces
+
+        named = {s.params["backend"] for s in steps if s.name == "attention_backend"}
+        if others := sorted(named & set(attention_backend.PACKAGES)):
+            return f"what the kernels of {', '.join(others)} hold is not known"
+        capability = None if self.gpu is None else self.gpu.compute_capability
+        if "_native_cudnn" in named and (capability is None or not workspaces.cudnn_attends(capability)):
+            return "what cuDNN's attention holds is known of compute capability 9.0 and 10.0 only"
         return None
 
     def _key(self, dtype: str, changes: tuple[Step, ...]) -> str:
@@ -301,7 +318,9 @@ class Estimator:
 
     def _trace(self, dtype: str, changes: tuple[Step, ...], along: str) -> Trace | None:
         is_plain = self.request.exact and not along
-        found = store.find(self.model, self.request, dtype, changes, self._told, is_plain=is_plain)
+        found = store.find(
+            self.model, self.request, dtype, changes, self._told, is_plain=is_plain, may_run=self._may_run
+        )
         if found is None:
             self.because = "torch, diffusers and transformers are needed for a dry run, and not all are installed"
         return found

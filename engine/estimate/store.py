@@ -42,6 +42,10 @@ _LOCK_S = 10
 _OF_FILES = ("stored_dtype", "variants")
 
 
+class NotTraced(Exception):
+    """A dry run would be needed, and none is wanted."""
+
+
 def key(model: Model, request: Request, dtype: str, changes: Sequence[Step] = ()) -> str:
     """Return what a trace is known by: a hash of all that it depends on but the code that makes it.
 
@@ -138,16 +142,20 @@ def find(
     told: Callable[[str], None] | None = None,
     *,
     is_plain: bool = False,
+    may_run: bool = True,
 ) -> Trace | None:
     """Return the trace of a request: a known one, else from a dry run; None where no dry run can be made here.
 
     `told` is given a line before a dry run. `is_plain` does without the other ways through the VAE, which take most of
-    the time where a video is decoded in tiles. Raises: ModelError, UsageError, IncompatibleError.
+    the time where a video is decoded in tiles. Raises: ModelError, UsageError, IncompatibleError; NotTraced, where
+    there would be a dry run and it may not run.
     """
     wanted = key(model, request, dtype, changes)
     found = known(wanted) or (known(f"{wanted}-plain") if is_plain else None)
     if found is not None or not can_trace():
         return found
+    if not may_run:
+        raise NotTraced(model.id)
     from engine.estimate import tracefile
 
     with _dry.one_at_a_time:

@@ -30,6 +30,9 @@ EVENT_TYPE = "I"
 TRACED_STEPS = 2
 """Denoising steps that are traced: what is held differs between the first and the second, and then no more."""
 
+NAMED = 2
+"""More than the number of an attention's kernel where it was named, so that nothing else takes its place."""
+
 _SIGNS = {BORN: "+", DIED: "-", BEGIN: ">", END: "<", PHASE: "=", WORK: "*", STEP: "|", GONE: "x"}
 
 
@@ -40,7 +43,8 @@ class Work(NamedTuple):
     matmul     batch, m, n, k
     conv       batch, channels in, channels out, groups, transposed (0 or 1), then in as many numbers as there are
                spatial dimensions each: size in, kernel, stride, dilation, size out
-    attention  batch, heads, queries, keys, width, and 1 for the flash kernel, 2 for the memory-efficient one
+    attention  batch, heads, queries, keys, width, and 1 for the flash kernel, 2 for the memory-efficient one, or
+               what a card prefers to it; 3 and 4 for these and no other (`NAMED` more)
     group_norm how many groups are reduced: batch x groups
     memory     nothing: it is bound by the bytes it reads and writes
     wait       nothing: the host reads a value, and waits for it

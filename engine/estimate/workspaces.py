@@ -17,7 +17,7 @@ from typing import Any
 from engine import versions
 from engine.calibration import Calibration, Convolution
 from engine.estimate.stream import Taken
-from engine.estimate.trace import Work
+from engine.estimate.trace import NAMED, Work
 from engine.units import MIB
 
 _LIBRARIES = Path(__file__).parents[1] / "gpus" / "libraries.json"
@@ -215,9 +215,9 @@ def attention_bytes(work: Work, capability: tuple[int, int], multiprocessors: in
     """
     batch, heads, queries, keys, width, kernel = work.dims
     is_half = _ITEM_BYTES.get(work.dtype) == 2
-    if is_half and width % 8 == 0 and width <= 256 and cudnn_attends(capability):
+    if kernel <= NAMED and is_half and width % 8 == 0 and width <= 256 and cudnn_attends(capability):
         return 0
-    if kernel == 1 and capability >= (8, 0):
+    if kernel % NAMED == 1 and capability >= (8, 0):
         splits = 1 if multiprocessors is None else _flash_splits(batch * heads, queries, keys, width, multiprocessors)
         return 0 if splits == 1 else splits * batch * heads * queries * 4 * (_flash_width(width) + 1)
     return batch * heads * queries * width * 4 if is_half and width > 128 else 0

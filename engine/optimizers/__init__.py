@@ -22,6 +22,7 @@ _MODULES = (
     "dtype",
     "fuse_qkv",
     "attention_slicing",
+    "attention_backend",
     "layerwise_casting",
     "vae_slicing",
     "vae_tiling",

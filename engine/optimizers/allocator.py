@@ -22,6 +22,7 @@ SPEC = Spec(
     summary="the card's memory is taken in segments that grow, so that less of it lies idle between tensors",
     slot=1,
     is_of_process=True,
+    lasts="what torch's allocator has taken it keeps until the process ends",
 )
 load_arguments = nothing_to_load
 

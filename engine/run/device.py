@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -28,7 +29,7 @@ def choose(plan: Plan) -> None:
         )
     if plan.device.uuid is not None:
         make_visible(plan.device.uuid)
-    _cap(plan, planned.total_bytes)
+    _cap(plan)
 
 
 def make_visible(uuid: str) -> None:
@@ -39,12 +40,33 @@ def make_visible(uuid: str) -> None:
     _check(uuid)
 
 
-def _cap(plan: Plan, total_bytes: int | None) -> None:
-    """Hold the process to the memory that the user allowed it, so that neighbours on the card are safe."""
-    if plan.request.vram_bytes is not None and total_bytes:
-        import torch
+def _cap(plan: Plan) -> None:
+    """Hold the process to its plan's budget, so that neighbours on the card are safe."""
+    import torch
 
-        torch.cuda.set_per_process_memory_fraction(min(1.0, plan.request.vram_bytes / total_bytes), 0)
+    total = int(torch.cuda.get_device_properties(0).total_memory)  # of an instance of MIG, the instance's own
+    most = most_reserved_bytes(plan)
+    # Half a byte more: torch cuts what it gets off to whole bytes.
+    share = 1.0 if most is None else min(1.0, (int(torch.cuda.memory_reserved(0)) + most + 0.5) / total)
+    torch.cuda.set_per_process_memory_fraction(share, 0)
+
+
+def most_reserved_bytes(plan: Plan) -> int | None:
+    """Return what torch's allocator may reserve for a plan: its budget less the context; None where there is no limit.
+
+    torch counts what its allocator has reserved, and not the context (CUDACachingAllocator.cpp: `set_fraction`, against
+    `totalGlobalMem` of the device). The context is that of the estimate: what is required is told by a replay within
+    just this limit, so that a plan that fits by its estimate fits under it. A plan that runs although it was not
+    expected to fit has no limit but that of `--vram`.
+    """
+    if any(n.kind == "forced" for n in plan.notes):
+        return plan.request.vram_bytes
+    if plan.budget_bytes is None:
+        return None
+    taken = plan.estimate
+    known = taken.device_bytes is not None and taken.peak_reserved_bytes is not None
+    context = (taken.device_bytes or 0) - (taken.peak_reserved_bytes or 0) if known else 0
+    return max(0, plan.budget_bytes - context)
 
 
 def _check(uuid: str) -> None:
@@ -74,6 +96,32 @@ def peak_allocated_bytes(device: str) -> int | None:
     import torch
 
     return int(torch.cuda.max_memory_allocated())
+
+
+def is_started(device: str) -> bool:
+    """Whether this process has a context on the card."""
+    torch = sys.modules.get("torch")
+    return device == "cuda" and torch is not None and torch.cuda.is_initialized()
+
+
+def reserved_bytes(device: str) -> int:
+    """Return what torch's allocator holds of the card: tensors, and what it keeps for others. 0 without one."""
+    if not is_started(device):
+        return 0
+    import torch
+
+    return int(torch.cuda.memory_reserved(0))
+
+
+def release(device: str) -> None:
+    """Give back everything that nothing holds any more, on the card and of the pinned memory of the host."""
+    gc.collect()
+    empty_cache(device)
+    if is_started(device):
+        import torch
+
+        torch.cuda.synchronize()
+        torch._C._host_emptyCache()
 
 
 def reset_peak(device: str) -> None:

@@ -33,6 +33,9 @@ def run(
     begins with one. Each output's `.info` holds what it was made with: `prompt`, `seed`, `model` and `plan_digest`.
     With `staged_encoding` prompts are encoded before the first picture.
 
+    Outputs that are not made of numbers, which a computation in too few bits gives, are yielded too, and an
+    IncompatibleError at the end names what made them so.
+
     Raises: UsageError, ModelError, HardwareError, IncompatibleError, OutOfMemoryError, NothingFitsError;
         FileError, for an image.
     """
@@ -47,5 +50,9 @@ def run(
 
 
 def _outputs(plan: Plan, wanted: tuple[Call, ...]) -> Iterator[Image | Video]:
+    fault = None
     for made in runner.run(plan, wanted):
+        fault = made.fault or fault
         yield from made.outputs
+    if fault is not None:
+        raise fault

@@ -33,6 +33,7 @@ class Journal:
             {
                 "event": "output",
                 "file": path.name,
+                "broken": made.is_broken(item),
                 "number": item.number,
                 "prompt": item.prompt,
                 "negative_prompt": item.negative_prompt,

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from engine.errors import FileError, IncompatibleError
+from engine.facts import video
 from engine.units import MIB, format_size
 
 if TYPE_CHECKING:
@@ -31,35 +32,6 @@ PLAN_KEY = "dg-run"
 
 _RECORD_LIMIT_BYTES = 16 * MIB
 _PNG = b"\x89PNG\r\n\x1a\n"
-
-# Frames a second that a family of models is trained on, by how the pipeline's class is called: the longest beginning
-# counts. A pipeline whose call takes `frame_rate` or `fps` is not in it. Sources: the models' own pages and papers
-# (Wan 2.1, CogVideoX, HunyuanVideo, Mochi 1, SkyReels V2), else the example in the pipeline's file of diffusers 0.42.
-_FRAME_RATES = {
-    "AllegroPipeline": 15,
-    "AnimateDiff": 8,
-    "AnyFlow": 16,
-    "ChronoEdit": 16,
-    "CogVideoX": 8,
-    "ConsisID": 8,
-    "Cosmos2_5": 16,
-    "EasyAnimate": 8,
-    "Helios": 24,
-    "HunyuanSkyreels": 24,
-    "HunyuanVideo": 24,
-    "HunyuanVideoFramepack": 30,
-    "Kandinsky5": 24,
-    "Latte": 8,
-    "Lucy": 24,
-    "MochiPipeline": 30,
-    "MotifVideo": 24,
-    "SanaVideo": 16,
-    "SkyReelsV2": 24,
-    "WanAnimate": 30,
-    "Wan": 16,
-}
-UNKNOWN_FRAME_RATE = 24
-"""Frames a second of a video whose family is not in the table: those of film."""
 
 # The rate factor is that of x264 at which a loss is hardly seen. The number of threads is fixed, since the stream
 # depends on it, and the encoder's version is left out of the file.
@@ -102,8 +74,7 @@ def frame_rate(pipe: Any, call: Mapping[str, Any]) -> float:
         return 24  # Wan 2.2 TI2V-5B, by its model card; diffusers 0.42 tells it by this, pipeline_wan.py
     if name.startswith("CogVideoX") and getattr(pipe.transformer.config, "patch_size_t", None):
         return 16  # CogVideoX 1.5, by its model card; only its transformer packs frames in time
-    family = max((f for f in _FRAME_RATES if name.startswith(f)), key=len, default=None)
-    return UNKNOWN_FRAME_RATE if family is None else _FRAME_RATES[family]
+    return video.frame_rate(name)
 
 
 def outputs(result: Any, pipe: Any, fps: float | None = None) -> list[Image | Video]:
@@ -199,20 +170,20 @@ def _write_picture(image: Image, file: IO[bytes], record: Mapping[str, str]) -> 
     image.save(file, format="PNG", pnginfo=chunks)
 
 
-def _write_video(video: Video, file: IO[bytes], record: Mapping[str, str]) -> None:
+def _write_video(output: Video, file: IO[bytes], record: Mapping[str, str]) -> None:
     import av
     from av.video.reformatter import ColorRange, Colorspace
 
-    width, height = (side + side % 2 for side in video.size)
+    width, height = (side + side % 2 for side in output.size)
     with _as_oserror(), av.open(file, "w", format="mp4", options=_MUXER) as container:
         container.metadata.update(record)
-        stream = container.add_stream("libx264", rate=Fraction(video.fps).limit_denominator(1001), options=_ENCODER)
+        stream = container.add_stream("libx264", rate=Fraction(output.fps).limit_denominator(1001), options=_ENCODER)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
         context.bit_rate = 0
         context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
         context.color_primaries = context.color_trc = 1  # of BT.709, as the colours are computed below
-        for picture in video.frames:
+        for picture in output.frames:
             frame = av.VideoFrame.from_image(_even(picture, width, height))
             stream_frame = frame.reformat(
                 format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG

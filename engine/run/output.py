@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.errors import FileError
+from engine.facts import video
 from engine.plan import Plan
 from engine.run import items, media
 from engine.run.items import Item
@@ -29,7 +30,11 @@ _BYTES_A_PIXEL = {media.PICTURE_SUFFIX: 3.0, media.VIDEO_SUFFIX: 0.5}
 
 def suffix(plan: Plan) -> str:
     """Return the ending of what a plan makes: it is known before the run whether that is a picture or a video."""
-    return media.PICTURE_SUFFIX if plan.request.frames is None else media.VIDEO_SUFFIX
+    return media.VIDEO_SUFFIX if _is_of_videos(plan) else media.PICTURE_SUFFIX
+
+
+def _is_of_videos(plan: Plan) -> bool:
+    return plan.request.frames is not None or video.gives_videos(plan.request.pipeline_class or "")
 
 
 def record(plan: Plan, item: Item) -> dict[str, str]:
@@ -54,7 +59,7 @@ def check(wanted: Sequence[Path], plan: Plan) -> None:
 
     Called before anything is loaded: a run of minutes must not end at a folder that does not exist.
     """
-    ending, what = suffix(plan), "pictures" if plan.request.frames is None else "videos"
+    ending, what = suffix(plan), "videos" if _is_of_videos(plan) else "pictures"
     for path in wanted:
         if path.suffix.lower() != ending:
             raise FileError(

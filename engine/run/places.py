@@ -32,8 +32,11 @@ class Place(Protocol):
     def missing(self, plan: Plan, wanted: Sequence[Call]) -> tuple[Call, ...]:
         """Return the calls of which an output is not there yet. Raises: FileError, where another's is in its place."""
 
-    def save(self, made: Image | Video, item: Item, plan: Plan) -> Path | None:
-        """Write an output and return where it is; None where it was there. Raises: FileError."""
+    def save(self, made: Image | Video, item: Item, plan: Plan, *, is_broken: bool = False) -> Path | None:
+        """Write an output and return where it is; None where it was there. Raises: FileError.
+
+        One that is broken is kept under another name: a run that goes on makes it again.
+        """
 
     def held(self) -> contextlib.AbstractContextManager[None]:
         """Keep others from the place for the run. Raises: FileError, when somebody else has it."""
@@ -54,8 +57,10 @@ class Files:
     def missing(self, plan: Plan, wanted: Sequence[Call]) -> tuple[Call, ...]:
         return tuple(wanted)
 
-    def save(self, made: Image | Video, item: Item, plan: Plan) -> Path | None:
-        return output.save(made, self.paths[item.number], output.record(plan, item), is_new=self._is_new)
+    def save(self, made: Image | Video, item: Item, plan: Plan, *, is_broken: bool = False) -> Path | None:
+        path = self.paths[item.number]
+        place = _of_broken(path) if is_broken else path
+        return output.save(made, place, output.record(plan, item), is_new=self._is_new)
 
     def held(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
@@ -67,6 +72,10 @@ def _unused(base: Path, count: int) -> Path:
     while any(tried.parent.glob(f"{tried.stem}-*{base.suffix}" if count > 1 else tried.name)):
         tried, n = base.with_stem(f"{base.stem}_{n}"), n + 1
     return tried
+
+
+def _of_broken(path: Path) -> Path:
+    return path.with_stem(f"{path.stem}.broken")
 
 
 class Folder:
@@ -108,8 +117,10 @@ class Folder:
             )
         return True
 
-    def save(self, made: Image | Video, item: Item, plan: Plan) -> Path | None:
+    def save(self, made: Image | Video, item: Item, plan: Plan, *, is_broken: bool = False) -> Path | None:
         path = self.path(item)
+        if is_broken:
+            return output.save(made, _of_broken(path), output.record(plan, item))
         return None if path.exists() else output.save(made, path, output.record(plan, item))
 
     @contextlib.contextmanager

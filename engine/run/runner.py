@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import HardwareError, OutOfMemoryError
+from engine import rungs
+from engine.errors import HardwareError, IncompatibleError, OutOfMemoryError
 from engine.optimizers import staged_encoding
 from engine.plan import Plan
-from engine.run import calls, device, load, lock, media, progress, reading, remember, staged, stages
+from engine.run import (
+    calls,
+    device,
+    fallback,
+    load,
+    lock,
+    media,
+    overflow,
+    progress,
+    reading,
+    remember,
+    staged,
+    stages,
+    world,
+)
+from engine.run.fallback import Descent
 from engine.run.items import Call, Item
 from engine.run.progress import Progress, Quiet
 from engine.run.stages import Encoded
@@ -37,6 +52,13 @@ class Made:
     peak_bytes: int | None
     """None without a card."""
     seconds: float
+    broken: tuple[bool, ...] = ()
+    """Which outputs are not made of numbers, and black; () where none is."""
+    fault: IncompatibleError | None = None
+    """What made them so, and what helps."""
+
+    def is_broken(self, item: Item) -> bool:
+        return bool(self.broken) and self.broken[self.call.items.index(item)]
 
     def each(self) -> Iterator[tuple[Item, Image | Video]]:
         """Yield each output with what it is of."""
@@ -73,37 +95,55 @@ def run(
 ) -> Iterator[Made]:
     """Load, and yield what each call gives, in their order.
 
-    `again` makes the plan anew: what is free is read again and taken while other starts on the card wait.
+    `again` makes the plan anew, at the first load; else it is solved anew where it does not fit any more. What is free
+    is read again and taken while other starts on the card wait. When memory runs out, everything is given back and the
+    run goes on with a plan that needs less, twice at most; what was yielded is not made again.
 
     Raises: UsageError, ModelError, HardwareError, IncompatibleError, OutOfMemoryError, NothingFitsError.
     """
     told = told or Quiet()
     load.refuse_unfit(plan)
-    number, done = len(wanted), 0
+    descent, number, done = Descent(told), len(wanted), 0
     while done < number:
-        plan, ready = _taken(plan, wanted[done:], told, again, debug=debug)
-        for made in of(plan, ready, told, done, number):
-            yield made
-            del made
-        done += len(ready.calls)
-        del ready
-        if done < number:  # the prompts that were encoded are drawn, and others are to be
-            gc.collect()
-            device.empty_cache(plan.torch_device)
+        lost = ready = None
+        try:
+            with _settled(plan, told, again) as plan:
+                ready = prepared(plan, wanted[done:], told, debug=debug)
+            for made in of(plan, ready, told, done, number):
+                yield made
+                done += 1
+                del made
+        except OutOfMemoryError as error:
+            lost = fallback.seen(plan, error)
+            fallback.forget(error)
+        again = ready = None
+        if lost is not None:
+            device.release(plan.torch_device)
+            device.reset_peak(plan.torch_device)
+            plan = descent.after(lost)
+        elif done < number:  # the prompts that were encoded are drawn, and others are to be
+            device.release(plan.torch_device)
 
 
-def _taken(
-    plan: Plan, wanted: Sequence[Call], told: Progress, again: Callable[[], Plan] | None, *, debug: bool
-) -> tuple[Plan, Ready]:
-    """Return the plan and what draws."""
+@contextlib.contextmanager
+def _settled(plan: Plan, told: Progress, again: Callable[[], Plan] | None) -> Iterator[Plan]:
+    """Give the plan for what is free now, and hold the lock of its card: what is free is taken before others look."""
     if again is None:
-        return plan, prepared(plan, wanted, told, debug=debug)
+        with lock.held(plan.card, told.say):
+            now = world.current(plan, told)
+            load.refuse_unfit(now)
+            yield now
+        return
     for _ in range(_TRIES):
         with lock.held(plan.card, told.say):
             now = again()
             if now.device == plan.device:
+                world.tell(plan, now, told)
+                # What takes another dry run is not announced, and solved for when it is needed.
+                now = rungs.ladder(now, may_run=False)
                 told.say(f"plan\n{now.explain()}")
-                return now, prepared(now, wanted, told, debug=debug)
+                yield now
+                return
         plan = now
     raise HardwareError(
         "the cards change faster than a plan can be made", "each probe preferred another one", "name one: --gpu INDEX"
@@ -116,7 +156,8 @@ def prepared(plan: Plan, wanted: Sequence[Call], told: Progress, *, debug: bool 
     Raises: as `run`.
     """
     if not staged_encoding.is_in(plan.optimizers):
-        pipe = load.load(plan, told, debug=debug)
+        with calls.within("the model was loaded"):
+            pipe = load.load(plan, told, debug=debug)
         _tell_unread(plan, pipe, wanted, told)
         return Ready(pipe=pipe, calls=tuple(wanted))
 
@@ -125,11 +166,7 @@ def prepared(plan: Plan, wanted: Sequence[Call], told: Progress, *, debug: bool 
         for call in wanted:
             yield calls.arguments(plan.request, pipe, call)
 
-    try:
-        found = staged.load_encoded(plan, arguments, told, most_bytes=ENCODED_BYTES, debug=debug)
-    except OutOfMemoryError:
-        remember.run(plan, None, None, told, out_of_memory=True)
-        raise
+    found = staged.load_encoded(plan, arguments, told, most_bytes=ENCODED_BYTES, debug=debug)
     before = tuple(
         Before(encoded, seconds, found.peak_bytes)
         for encoded, seconds in zip(found.encoded, found.seconds, strict=True)
@@ -155,13 +192,9 @@ def _doing(call: Call, k: int, number: int) -> str:
 
 
 def _called(plan: Plan, pipe: Any, call: Call, told: Progress, before: Before | None) -> Made:
-    """Return what one call gives, and remember what it took."""
+    """Return what one call gives, and remember what it took; one that runs out of memory is for `run` to remember."""
     start = time.perf_counter()
-    try:
-        outputs = _outputs(plan, pipe, call, None if before is None else before.encoded)
-    except OutOfMemoryError:
-        remember.run(plan, None, None, told, out_of_memory=True)
-        raise
+    outputs, seen = _outputs(plan, pipe, call, None if before is None else before.encoded)
     seconds, peak_bytes = time.perf_counter() - start, device.peak_allocated_bytes(plan.torch_device)
     if before is not None:
         seconds, peak_bytes = seconds + before.seconds, _larger(peak_bytes, before.peak_bytes)
@@ -174,22 +207,50 @@ def _called(plan: Plan, pipe: Any, call: Call, told: Progress, before: Before | 
             output.info["negative_prompt"] = item.negative_prompt
         if item.image is not None:
             output.info["image"] = item.image
-    return Made(plan=plan, call=call, outputs=outputs, peak_bytes=peak_bytes, seconds=seconds)
+    _tell_missing(plan, outputs, told)
+    broken = seen.broken(len(outputs))
+    fault = None
+    if any(broken):
+        arch = None if plan.card is None else plan.card.compute_capability
+        fault = overflow.error(seen.culprit(), type(pipe).__name__, plan.optimizers, arch)
+        told.say(f"note: {fault.what}; {fault.why}")
+    return Made(
+        plan=plan,
+        call=call,
+        outputs=outputs,
+        peak_bytes=peak_bytes,
+        seconds=seconds,
+        broken=broken if fault is not None else (),
+        fault=fault,
+    )
+
+
+def _tell_missing(plan: Plan, outputs: Sequence[Image | Video], told: Progress) -> None:
+    """Say what of the videos that were asked for is not written."""
+    videos = [o for o in outputs if isinstance(o, media.Video)]
+    for made in videos[:1]:
+        if plan.request.frames not in (None, len(made)):
+            told.say(f"note: the pipeline made {len(made)} frames of the {plan.request.frames} that were asked for")
+        for part in made.left_out:
+            told.say(f"note: the pipeline gave {part}, too, which is not written")
 
 
 def _larger(one: int | None, other: int | None) -> int | None:
     return one if other is None else other if one is None else max(one, other)
 
 
-def _outputs(plan: Plan, pipe: Any, call: Call, encoded: Encoded | None) -> tuple[Image | Video, ...]:
+def _outputs(
+    plan: Plan, pipe: Any, call: Call, encoded: Encoded | None
+) -> tuple[tuple[Image | Video, ...], overflow.Watch]:
     arguments = calls.arguments(plan.request, pipe, call)
     device.reset_peak(plan.torch_device)
     do = "take a more frugal profile (`dg-run profiles list`), or a smaller picture"
     doing = "generating" + ("" if encoded is None else " (stage two of staged_encoding)")
     with calls.within(doing, do), calls.refusing(pipe):
         with contextlib.nullcontext() if encoded is None else stages.given(pipe, encoded, plan.torch_device):
-            result = pipe(**arguments)
-    return tuple(media.outputs(result, pipe, media.frame_rate(pipe, arguments)))
+            with overflow.watching(pipe) as seen:
+                result = pipe(**arguments)
+    return tuple(media.outputs(result, pipe, media.frame_rate(pipe, arguments))), seen
 
 
 def _tell_unread(plan: Plan, pipe: Any, wanted: Sequence[Call], told: Progress) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -173,3 +175,27 @@ def test_which_offloads_lose_channels_last(counted: torch.device, how: str) -> N
 
     assert laid_out(is_first=True)
     assert laid_out(is_first=False) is (how in ("cpu_offload_with_hook", "leaf"))
+
+
+@pytest.mark.rule("attention-backends-are-for-those-that-ask")
+def test_the_denoisers_that_ask_for_no_backend() -> None:
+    """None of the processors that their modules have, or the modules that they take blocks from."""
+
+    def nearby(module: str) -> set[str]:
+        space = vars(sys.modules[module]).values()
+        layers = {v for v in space if isinstance(v, type) and issubclass(v, torch.nn.Module)}
+        return {module, *(v.__module__ for v in layers if v.__module__.startswith("diffusers."))}
+
+    def asks(cls: type) -> bool:
+        spaces = (vars(sys.modules[m]).values() for m in nearby(cls.__module__))
+        return any(isinstance(v, type) and hasattr(v, "_attention_backend") for space in spaces for v in space)
+
+    wanted = re.compile(r"Transformer|UNet|Prior")
+    denoising = {n: c for n, c in small.models().items() if wanted.search(n) and "ControlNet" not in n}
+    silent = {n for n, c in denoising.items() if not asks(c)}
+    transformers = small.listed("attention-backends-are-for-those-that-ask")
+    assert transformers == {n for n in silent if "UNet" not in n}
+    assert silent - transformers <= small.listed("attention-backends-are-not-for-unets")
+    assert not any(
+        hasattr(p, "_attention_backend") for p in pipelines.made("sd3")[0].transformer.attn_processors.values()
+    )
