@@ -40,6 +40,7 @@ def step(name: str, **params: Any) -> dict[str, Any]:
 ACTING = {
     "fuse_qkv": step("fuse_qkv"),
     "attention_backend": step("attention_backend"),
+    "channels_last": step("channels_last"),
     "vae_slicing": step("vae_slicing"),
     "vae_tiling": step("vae_tiling"),
     "layerwise_casting": step("layerwise_casting", storage="float16"),
