@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -313,6 +313,8 @@ def test_runs_under_one_placement_say_nothing_of_another() -> None:
 
 class Pipe:
     """A pipeline that draws nothing, and takes no time."""
+
+    components: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
