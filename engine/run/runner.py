@@ -132,6 +132,8 @@ def run(
 @contextlib.contextmanager
 def _settled(plan: Plan, told: Progress, again: Callable[[], Plan] | None) -> Iterator[Plan]:
     """Give the plan for what is free now, and hold the lock of its card: what is free is taken before others look."""
+    load.refuse_unfit(plan)
+    load.fetched(plan, told)  # a download may take an hour: who waits for the card does not wait for that
     if again is None:
         with lock.held(plan.card, told.say):
             now = world.current(plan, told)
