@@ -43,6 +43,9 @@ ACTING = {
     "vae_slicing": step("vae_slicing"),
     "vae_tiling": step("vae_tiling"),
     "layerwise_casting": step("layerwise_casting", storage="float16"),
+    "cache": step("cache"),
+    "cache taylor": step("cache", method="taylor_seer"),
+    "compile": step("compile"),
     "resident": step("resident"),
     "model_offload": step("model_offload"),
     "sequential_offload": step("sequential_offload"),
@@ -80,7 +83,10 @@ def test_an_optimizer_is_seen_to_hold_only_once_it_was_applied(pipe: Any, name: 
     assert applied(pipe, ACTING[name])
 
 
-@pytest.mark.parametrize("name", [n for n in ACTING if n not in ("vae_tiling", "layerwise_casting")])
+EXACT = [n for n, s in ACTING.items() if optimizers.spec(s["name"]).quality == "exact"]
+
+
+@pytest.mark.parametrize("name", EXACT)
 def test_an_exact_optimizer_leaves_the_picture_as_it_is_twice_in_a_row(pipe: Any, name: str) -> None:
     plain = draw(pipe)
     applied(pipe, ACTING[name])
@@ -150,9 +156,12 @@ def test_a_switch_that_a_vae_does_not_have_is_passed_over_where_the_plan_says_so
     plan = plan_for("vae_slicing", "vae_tiling", height=64, width=64)
     assert {n.optimizer for n in plan.notes if n.kind == "no_effect"} == {"vae_slicing", "vae_tiling"}
     pipe.vae = AsymmetricAutoencoderKL(down_block_out_channels=(8,), up_block_out_channels=(8,), norm_num_groups=2)
-    assert load.apply(plan, pipe) is pipe
+    with pytest.raises(IncompatibleError, match="vae of the pipeline is a AsymmetricAutoencoderKL"):
+        load.apply(plan, pipe)
+    assert load.apply_steps(plan, pipe, HERE) is pipe
+    load.undo(plan, pipe)
     with pytest.raises(IncompatibleError, match="vae_tiling cannot act"):
-        load.apply(plan_for("vae_tiling", height=256, width=256), pipe)
+        load.apply_steps(plan_for("vae_tiling", height=256, width=256), pipe, HERE)
 
 
 def test_fp8_storage_keeps_the_picture_near(pipe: Any) -> None:

@@ -38,6 +38,9 @@ class Place(Protocol):
         One that is broken is kept under another name: a run that goes on makes it again.
         """
 
+    def path(self, item: Item) -> Path:
+        """Return where an output goes."""
+
     def held(self) -> contextlib.AbstractContextManager[None]:
         """Keep others from the place for the run. Raises: FileError, when somebody else has it."""
 
@@ -51,6 +54,9 @@ class Files:
         self.paths = [base] if count == 1 else [base.with_stem(f"{base.stem}-{k}") for k in range(1, count + 1)]
         self.folder = base.parent
 
+    def path(self, item: Item) -> Path:
+        return self.paths[item.number]
+
     def check(self, plan: Plan, wanted: Sequence[Call]) -> None:
         output.check(self.paths, plan)
 
@@ -58,7 +64,7 @@ class Files:
         return tuple(wanted)
 
     def save(self, made: Image | Video, item: Item, plan: Plan, *, is_broken: bool = False) -> Path | None:
-        path = self.paths[item.number]
+        path = self.path(item)
         place = _of_broken(path) if is_broken else path
         return output.save(made, place, output.record(plan, item), is_new=self._is_new)
 
