@@ -69,6 +69,7 @@ REPOSITORIES = {
     "tiny/gated": Repository(files=WHOLE, members=frozenset({MEMBER})),
     "tiny/variants": Repository(files=_with_variant(WHOLE)),
     "tiny/pickled": Repository(files=_pickled()),
+    "tiny/lora": Repository(files={"README.md": b"#", "scene.safetensors": b"of a LoRA"}),
     "tiny/huge": Repository(files=WHOLE, says_bytes=2**60),
 }
 
@@ -79,11 +80,13 @@ def hub() -> Iterator[Hub]:
         yield server
 
 
-def _start(hub: Hub, home: Path, model: str, dtype: str = "float32", **environment: str) -> subprocess.Popen[str]:
+def _start(
+    hub: Hub, home: Path, model: str, dtype: str = "float32", job: str = FETCH, **environment: str
+) -> subprocess.Popen[str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
     own = {"HF_HOME": str(home), "HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1", "DG_RUN_CACHE": str(home / "dg")}
     return subprocess.Popen(
-        [sys.executable, "-c", FETCH, model, dtype],
+        [sys.executable, "-c", job, model, dtype],
         env={**kept, **own, **environment},
         cwd=Path(__file__).parents[1],
         stdout=subprocess.PIPE,
@@ -265,6 +268,18 @@ def test_offline_is_said_by_its_name(hub: Hub, tmp_path: Path) -> None:
     code, _, err = _fetch(hub, tmp_path, "black-forest-labs/FLUX.1-schnell", HF_HUB_OFFLINE="1")
     assert code == 5 and "are not on this machine" in err and "unset HF_HUB_OFFLINE" in err
     assert hub.paths("black-forest-labs/FLUX.1-schnell") == []
+
+
+LORA = "import sys; from engine.facts import loras; print(loras.located(sys.argv[1]))"
+
+
+def test_the_one_lora_of_a_repository_is_fetched_and_found_again_offline(hub: Hub, tmp_path: Path) -> None:
+    code, out, err = _fetch(hub, tmp_path, "tiny/lora", job=LORA)
+    assert code == 0, err
+    assert Path(out).read_bytes() == b"of a LoRA"
+    before = len(hub.asked)
+    assert _fetch(hub, tmp_path, "tiny/lora/scene.safetensors", job=LORA, HF_HUB_OFFLINE="1")[:2] == (0, out)
+    assert len(hub.asked) == before
 
 
 def _model() -> Any:
