@@ -202,6 +202,8 @@ def of(
             made = _called(plan, ready.pipe, call, told, ready.before[k] if ready.before else None)
         yield made
         del made
+        if k == 0:  # where hooks leave the weights is seen once a call has run
+            load.verify_after_call(ready.pipe)
 
 
 def _doing(call: Call, k: int, number: int) -> str:
