@@ -67,8 +67,8 @@ SPEC = Spec(
             name="record_stream",
             kind="bool",
             default=None,
-            about="with a stream: let a group go without waiting for the computing, which is not estimated; "
-            "left out: wait",
+            about="with a stream: let a group go without waiting for the computing; its memory comes back when that "
+            "has passed, which is not estimated. Left out: wait",
         ),
     ),
 )
