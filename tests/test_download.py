@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine import facts
+from engine import facts, paths
 from engine.errors import FileError, ModelError
 from engine.run import download
+from engine.run.progress import Quiet
+from engine.values import Request
 from tests import hub_server
 from tests.hub_server import COMMITS, Hub, Repository
 from tests.test_hub import MEMBER, SMALL_BYTES, WHOLE
@@ -290,3 +293,32 @@ def test_a_component_without_any_weights_is_named() -> None:
     names = [n for n in WHOLE if not n.startswith("vae/diff")]
     with pytest.raises(ModelError, match="no weights for its component 'vae'"):
         download.needed(_model(), names, "float32")
+
+
+def _gone(file: Path) -> None:
+    file.unlink()
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def _scrambled(file: Path) -> None:
+    body = file.read_bytes()
+    file.write_bytes(body[:8] + b"{" * 40 + body[48:])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"), [(_gone, "holds no weights"), (_cut, "where its header says"), (_scrambled, "damaged header")]
+)
+def test_what_happened_to_a_directory_since_it_was_planned_is_named_with_its_file(
+    tmp_path: Path, spoil: Callable[[Path], None], words: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(paths.embedded_model_dir(), folder)
+    request = Request(model=str(folder))
+    assert download.local(request, "float32", Quiet()).folder == folder
+    spoil(folder / TRANSFORMER)
+    with pytest.raises(ModelError, match=words) as caught:
+        download.local(request, "float32", Quiet())
+    assert "transformer" in str(caught.value) and caught.value.do

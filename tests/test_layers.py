@@ -169,6 +169,7 @@ LAYERS = [
     "engine.run.fallback",
     "engine.run.media",
     "engine.run.overflow",
+    "engine.run.preview",
     "engine.run.reading",
     "engine.run.runner",
     "engine.run.generate",

@@ -59,6 +59,7 @@ _VARIANTS: dict[str, dict[str, tuple[Step, ...]]] = {
         "fp8": (_step("layerwise_casting"),),
         "text and denoiser in fp8": cases.CASTS["text and denoiser in fp8"][:1],
     },
+    "attention_backend": {"_native_math": (_step("attention_backend", backend="_native_math"),)},
     "group_offload": {n: (s,) for n, s in cases.PLACEMENTS.items() if s.name == "group_offload"},
 }
 """The optimizers that act in several ways, by what tells them apart; all others are taken with their defaults."""
@@ -119,7 +120,7 @@ def pairs(architecture: str) -> Iterator[Case]:
 def few() -> list[Case]:
     """Return a part of all: each way and each architecture at least once, the same every time.
 
-    Ways go round the architectures, each on the next one on which it acts.
+    Ways go round the architectures, each on the next one on which it acts. One denoising step does: calls are two.
     """
     waiting, found = list(QUICK_FIRST), []
     for name in ways():
@@ -131,7 +132,13 @@ def few() -> list[Case]:
                 waiting.append(architecture)
                 break
     seen = {c.architecture for c in found}
-    return [*found, *(case_of(n, "group_offload, leaf, streamed") for n in pipelines.ALL if n not in seen)]
+    found += [case_of(n, "group_offload, leaf, streamed") for n in pipelines.ALL if n not in seen]
+    return [dataclasses.replace(c, call=FrozenDict({**c.call, **_fewest(c.architecture)})) for c in found]
+
+
+def _fewest(architecture: str) -> dict[str, int]:
+    """Return the arguments of a call that denoises once; a part of its steps are left out where a picture goes in."""
+    return {"num_inference_steps": 2 if "strength" in cases.usual_call(architecture) else 1}
 
 
 def is_permitted(case: Case) -> bool:
@@ -162,6 +169,7 @@ def plain(case: Case) -> Case:
 
 
 SUMS = {
+    "attention_backend": "another kernel takes its sums in another order",
     "fuse_qkv": "three products become one, whose sums the CPU's library may take in another order",
     "vae_slicing": "convolutions of one picture and of a batch take their sums in another order",
 }
