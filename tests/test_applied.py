@@ -78,7 +78,8 @@ def weights(pipe: Any) -> dict[str, tuple[str, str, tuple[int, ...]]]:
 def _modules_left(pipe: Any) -> set[str]:
     """The classes of processors and the attributes that hooks leave, in all components."""
     parts = [m for c in modules(pipe).values() for m in c.modules()]
-    hooked = {k for m in parts for k in vars(m) if k in ("_hf_hook", "_old_forward", "_diffusers_hook")}
+    hooked = {k for m in parts for k in vars(m) if k in ("_hf_hook", "_old_forward")}
+    hooked |= {n for m in parts if hasattr(m, "_diffusers_hook") for n in m._diffusers_hook.hooks}
     return hooked | {type(m.processor).__name__ for m in parts if hasattr(m, "processor")}
 
 

@@ -57,7 +57,7 @@ def _drawn_compiled(*steps: Any) -> None:
     assert "computed with compiled code" in load.verify_after_call(pipe)[str(steps[0])]
 
 
-@pytest.mark.parametrize("placement", [None, "model_offload"])
+@pytest.mark.parametrize("placement", [pytest.param(None, marks=pytest.mark.slow), "model_offload"])
 def test_blocks_are_compiled_and_draw_the_same_twice_in_a_row(eager: None, placement: str | None) -> None:
     other = [] if placement is None else [optimizers.spec(placement).step(ACTING[placement]["params"])]
     _drawn_compiled(made(), *other)

@@ -40,6 +40,8 @@ QUICK_FIRST = (
 """The architectures, by how long a call takes."""
 LEFT_OUT = {
     "allocator": "it acts on CUDA's own allocator",
+    "cache": "how much it skips depends on the picture (tests/test_cache.py executes it)",
+    "compile": "torch compiles for cards and CPUs, not for the counted device (tests/test_compile.py executes it)",
     "tf32": "it acts on the products of a card alone",
     "xdit": "it needs several cards, and this version does not start it",
 }
