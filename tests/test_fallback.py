@@ -350,6 +350,19 @@ def test_a_plan_that_does_not_fit_any_more_is_solved_for_anew_and_said_in_a_line
     ]
 
 
+def test_the_plan_that_is_made_anew_at_the_load_says_what_changed_and_what_it_goes_down_to() -> None:
+    plan, told = whole(), Heard()
+    engine.ladder(plan)  # so that no dry run is missing
+    other = engine.resolve(hardware=here(7.0), quality="exact", forbid=["resident"])
+    with runner._settled(plan, told, lambda: other) as now:
+        assert now.optimizers == other.optimizers
+        assert now.ladder
+    assert told.lines[0] == (
+        f"free VRAM went from 8.00 GiB to 7.00 GiB since the plan: {world.name(other)} instead of {world.name(plan)}"
+    )
+    assert "if memory runs out: " in told.lines[1]
+
+
 def test_a_list_that_does_not_fit_any_more_is_refused_unless_it_was_insisted_on(seen: list[Hardware]) -> None:
     plan = whole(optimizers=["dtype", "resident"], quality="near")
     seen[:] = [here(1.0)]
