@@ -98,9 +98,10 @@ def run(
 ) -> Iterator[Made]:
     """Load, and yield what each call gives, in their order.
 
-    `preview_at` says where a call is previewed while it is made; None is nowhere. `again` makes the plan anew, at the first load; else it is solved anew where it does not fit any more. What is free
-    is read again and taken while other starts on the card wait. When memory runs out, everything is given back and the
-    run goes on with a plan that needs less, twice at most; what was yielded is not made again.
+    `preview_at` says where a call is previewed while it is made; None is nowhere. `again` makes the plan anew, at the
+    first load; else it is solved anew where it does not fit any more. What is free is read again and taken while other
+    starts on the card wait. When memory runs out, everything is given back and the run goes on with a plan that needs
+    less, twice at most; what was yielded is not made again.
 
     Raises: UsageError, ModelError, HardwareError, IncompatibleError, OutOfMemoryError, NothingFitsError.
     """
