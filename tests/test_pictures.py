@@ -315,7 +315,9 @@ def test_a_pipeline_that_takes_no_size_goes_by_the_picture() -> None:
 def test_encoding_in_stages_gives_the_same_redrawn_picture(tmp_path: Path) -> None:
     asked: dict[str, Any] = {"device": "cpu", "steps": 1, "call": {"image": halves((64, 64)), "strength": 1.0}}
     at_once, staged = (
-        next(engine.resolve(**asked, prompts_known=True, optimizers=steps).run("a boat", seed=1, image=halves((64, 64))))
+        next(
+            engine.resolve(**asked, prompts_known=True, optimizers=steps).run("a boat", seed=1, image=halves((64, 64)))
+        )
         for steps in (["resident"], ["staged_encoding", "resident"])
     )
     assert np.array_equal(np.asarray(at_once), np.asarray(staged))

@@ -238,7 +238,8 @@ def _draw(planned: Callable[[], Plan], job: Job) -> int:
         if (left := sum(len(c.items) for c in missing)) < found.count:
             told.say(f"{found.count - left} of {found.count} are there already, in {found.place.folder}")
         if missing:
-            found.journal.begin(found.name, found.seed, found.count)
+            if found.place.goes_on:
+                found.journal.begin(found.name, found.seed, found.count)
             _make(plan, missing, planned, found, told, job)
     return 0
 

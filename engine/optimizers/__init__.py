@@ -23,6 +23,7 @@ _MODULES = (
     "fuse_qkv",
     "attention_slicing",
     "attention_backend",
+    "channels_last",
     "layerwise_casting",
     "cache",
     "vae_slicing",

@@ -63,9 +63,20 @@ SPEC = Spec(
             default=None,
             about="with a stream: pin a group while it is copied, and keep no pinned copies; left out: keep them",
         ),
+        Param(
+            name="record_stream",
+            kind="bool",
+            default=None,
+            about="with a stream: let a group go without waiting for the computing; its memory comes back when that "
+            "has passed, which is not estimated. Left out: wait",
+        ),
     ),
 )
 load_arguments = nothing_to_load
+
+
+def _records(step: Step) -> bool:
+    return bool(step.params["use_stream"] and step.params.get("record_stream"))
 
 
 def _pins_in_turn(step: Step) -> bool:
@@ -111,6 +122,7 @@ def apply(pipe: Pipeline, step: Step, context: Context) -> None:
         "num_blocks_per_group": step.params["blocks_per_group"] if is_block else None,
         "use_stream": step.params["use_stream"],
         "low_cpu_mem_usage": _pins_in_turn(step),
+        "record_stream": _records(step),
     }
     for module in targets.values():
         if hasattr(module, "enable_group_offload"):
@@ -139,6 +151,14 @@ def seen(pipe: Pipeline, context: Context) -> str | None:
     return f"{names(grouped)} is in groups already" if grouped else None
 
 
+def not_estimated(step: Step) -> str | None:
+    if not _records(step):
+        return None
+    return (
+        "with record_stream memory comes back when the computing has passed, and how far the host is ahead is not known"
+    )
+
+
 def verify(pipe: Pipeline, step: Step, context: Context) -> str:
     """Just the modules that begin or end a group have its hook, each group is of the planned kind and size, and every
     weight is in one."""
@@ -154,6 +174,8 @@ def verify(pipe: Pipeline, step: Step, context: Context) -> str:
         if any(c.is_pinned() for c in copies):
             raise NotApplied("group_offload", "there are pinned copies, and low_cpu_mem_usage keeps none")
         streamed += ", pinned one after another"
+    if _records(step):
+        streamed += ", recorded"
     return f"{names(targets)} in groups, {step.params['type']}{streamed}"
 
 
@@ -191,6 +213,8 @@ def _verify_groups(name: str, module: Any, step: Step, context: Context) -> None
             )
         if blocks is not None and group.low_cpu_mem_usage != _pins_in_turn(step):
             raise NotApplied("group_offload", f"{own} has low_cpu_mem_usage {group.low_cpu_mem_usage}")
+        if blocks and is_streamed and bool(group.record_stream) != _records(step):
+            raise NotApplied("group_offload", f"{own} has record_stream {group.record_stream}")
     grouped = {id(p) for hook in found.values() for m in hook.group.modules for p in m.parameters()}
     grouped |= {id(p) for hook in found.values() for p in hook.group.parameters}
     if alone := {path for path, p in module.named_parameters() if id(p) not in grouped}:

@@ -25,6 +25,8 @@ class Place(Protocol):
     """Where outputs go."""
 
     folder: Path
+    goes_on: bool
+    """Whether a run goes on there that ended before its end."""
 
     def check(self, plan: Plan, wanted: Sequence[Call]) -> None:
         """Return when all of them can be written. Raises: FileError."""
@@ -47,6 +49,8 @@ class Place(Protocol):
 
 class Files:
     """The file that was asked for, numbered where there are several, or new names in `outputs/`."""
+
+    goes_on = False
 
     def __init__(self, asked: Path | None, count: int, seed: int, suffix: str) -> None:
         self._is_new = asked is None
@@ -86,6 +90,8 @@ def _of_broken(path: Path) -> Path:
 
 class Folder:
     """A folder with an output a number and seed, as `0007-42.png`. What is there is left as it is."""
+
+    goes_on = True
 
     def __init__(self, folder: Path, count: int, suffix: str) -> None:
         self.folder, self._suffix = folder, suffix

@@ -98,10 +98,10 @@ def run(
 ) -> Iterator[Made]:
     """Load, and yield what each call gives, in their order.
 
-    `preview_at` says where a call is previewed while it is made; None is nowhere. `again` makes the plan anew, at the
-    first load; else it is solved anew where it does not fit any more. What is free is read again and taken while other
-    starts on the card wait. When memory runs out, everything is given back and the run goes on with a plan that needs
-    less, twice at most; what was yielded is not made again.
+    `again` makes the plan anew, at the first load; else it is solved anew where it does not fit any more. What is free
+    is read again and taken while other starts on the card wait. When memory runs out, everything is given back and the
+    run goes on with a plan that needs less, twice at most; what was yielded is not made again. `preview_at` says where
+    a call is previewed while it is made; None is nowhere.
 
     Raises: UsageError, ModelError, HardwareError, IncompatibleError, OutOfMemoryError, NothingFitsError.
     """
@@ -132,6 +132,8 @@ def run(
 @contextlib.contextmanager
 def _settled(plan: Plan, told: Progress, again: Callable[[], Plan] | None) -> Iterator[Plan]:
     """Give the plan for what is free now, and hold the lock of its card: what is free is taken before others look."""
+    load.refuse_unfit(plan)
+    load.fetched(plan, told)  # a download may take an hour: who waits for the card does not wait for that
     if again is None:
         with lock.held(plan.card, told.say):
             now = world.current(plan, told)
@@ -200,6 +202,8 @@ def of(
             made = _called(plan, ready.pipe, call, told, ready.before[k] if ready.before else None)
         yield made
         del made
+        if k == 0:  # where hooks leave the weights is seen once a call has run
+            load.verify_after_call(ready.pipe)
 
 
 def _doing(call: Call, k: int, number: int) -> str:
