@@ -15,9 +15,10 @@ import pytest
 from PIL import Image
 
 import engine
-from engine import api, cli, pictures
+from engine import api, cli, pictures, prompts
 from engine.errors import FileError, UsageError
-from engine.run import media
+from engine.run import calls, items, media
+from engine.values import Request
 from tests.conftest import card, machine
 
 pytestmark = pytest.mark.usefixtures("no_estimates")
@@ -293,3 +294,30 @@ def test_a_picture_is_redrawn_and_its_record_tells_which(tmp_path: Path, capsys:
     assert cli.main(["--like", str(out), "--image", str(start), "--output", str(again)]) == 0
     assert "another picture" not in capsys.readouterr().err
     assert pictures.read(pictures.read(again).image).sha256 == pictures.read(pictures.read(out).image).sha256
+
+
+class TakesNoSize:
+    """Calls as that of StableDiffusionImg2ImgPipeline is: the size is the picture's."""
+
+    def __call__(self, prompt: str, image: Any, strength: float = 0.8, generator: Any = None) -> None: ...
+
+
+def test_a_pipeline_that_takes_no_size_goes_by_the_picture() -> None:
+    picture = pictures.read(halves((300, 200)))
+    asked = Request(model="x", height=128, width=192, call={"image": {"width": 192, "height": 128}, "strength": 0.5})
+    (call,) = items.calls(prompts.of("a boat"), 1, 1, None, picture)
+    given = calls.arguments(asked, TakesNoSize(), call)
+    assert {k: v for k, v in given.items() if k not in ("image", "generator")} == {"prompt": "a boat", "strength": 0.5}
+    assert given["image"].size == (192, 128)
+    assert items.identity(asked, call.items[0]) != items.identity(asked, dataclasses.replace(call.items[0], image=None))
+
+
+def test_encoding_in_stages_gives_the_same_redrawn_picture(tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"device": "cpu", "steps": 1, "call": {"image": halves((64, 64)), "strength": 1.0}}
+    at_once, staged = (
+        next(
+            engine.resolve(**asked, prompts_known=True, optimizers=steps).run("a boat", seed=1, image=halves((64, 64)))
+        )
+        for steps in (["resident"], ["staged_encoding", "resident"])
+    )
+    assert np.array_equal(np.asarray(at_once), np.asarray(staged))
