@@ -2,9 +2,9 @@
 
     python -m tests.host_memory FOLDER PLACEMENT DTYPE
 
-The host's own memory is what the kernel says is anonymous of the process (`RssAnon` in /proc/self/status; pages of files
-are not, and can be dropped), less what the counted device holds, which is host memory that stands for a card's. Pinned
-copies are among it, as they are among a plan's `host_bytes`.
+The host's own memory is what the kernel says is anonymous of the process (`RssAnon` in /proc/self/status; pages of
+files are not, and can be dropped), less what the counted device holds, which is host memory that stands for a card's.
+Pinned copies are among it, as they are among a plan's `host_bytes`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def host_bytes() -> int:
     from truth import device
 
     before = device.counts().live_bytes
-    with open("/proc/self/status", encoding="ascii") as status:
+    with Path("/proc/self/status").open(encoding="ascii") as status:
         (line,) = [line for line in status if line.startswith("RssAnon:")]
     # Read before and after: what is freed meanwhile must not look like the host's.
     return int(line.split()[1]) * 1024 - max(before, device.counts().live_bytes)
@@ -96,6 +96,7 @@ def measured(folder: Path, placement: str, dtype: str) -> dict[str, int]:
     import engine
     from engine.estimate import store
     from engine.optimizers.spec import Context
+    from engine.run import device as run_device
     from engine.run import load, staged, stages
     from engine.run.progress import Quiet
     from tests.conftest import RTX_4090, card, machine
@@ -111,7 +112,7 @@ def measured(folder: Path, placement: str, dtype: str) -> dict[str, int]:
     )  # fmt: skip
     taken = plan.estimate
     assert taken.host_bytes is not None, plan.notes
-    load.device.choose = lambda _: None
+    run_device.choose = lambda _: None  # type: ignore[assignment]
     here = Context(device=device.NAME, dtype=dtype)
 
     def call(_: Any) -> Iterator[dict[str, Any]]:

@@ -339,7 +339,7 @@ def test_the_main_job_twice_gives_the_same_pixels(tmp_path: Path) -> None:
     assert one.tobytes() == two.tobytes()
     assert one.size == (128, 128)
     assert one.text["seed"] == "7"  # type: ignore[attr-defined]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png", "dg-run.jsonl"]
     for noise in ("Warning", "warning", "%|", "torchvision"):
         assert noise not in first.stderr
 

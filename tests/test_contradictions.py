@@ -155,7 +155,7 @@ def test_every_option_is_allowed_beside_a_locked_plan_or_refused() -> None:
     from engine.cli import generate
 
     known = {a.option_strings[0] for a in generate.parser()._actions} - {"-h", "--version"}
-    job = {"--prompt", "--prompts", "--image", "--num_images", "--seed", "--output", "--debug"}
+    job = {"--prompt", "--prompts", "--image", "--num_images", "--seed", "--output", "--preview", "--debug"}
     assert known == {*BESIDE_PLAN, "--plan", "--like"} | job
 
 

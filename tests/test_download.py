@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine import facts
+from engine import facts, paths
 from engine.errors import FileError, ModelError
 from engine.run import download
+from engine.run.progress import Quiet
+from engine.values import Request
 from tests import hub_server
 from tests.hub_server import COMMITS, Hub, Repository
 from tests.test_hub import MEMBER, SMALL_BYTES, WHOLE
@@ -66,6 +69,7 @@ REPOSITORIES = {
     "tiny/gated": Repository(files=WHOLE, members=frozenset({MEMBER})),
     "tiny/variants": Repository(files=_with_variant(WHOLE)),
     "tiny/pickled": Repository(files=_pickled()),
+    "tiny/lora": Repository(files={"README.md": b"#", "scene.safetensors": b"of a LoRA"}),
     "tiny/huge": Repository(files=WHOLE, says_bytes=2**60),
 }
 
@@ -76,11 +80,13 @@ def hub() -> Iterator[Hub]:
         yield server
 
 
-def _start(hub: Hub, home: Path, model: str, dtype: str = "float32", **environment: str) -> subprocess.Popen[str]:
+def _start(
+    hub: Hub, home: Path, model: str, dtype: str = "float32", job: str = FETCH, **environment: str
+) -> subprocess.Popen[str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
     own = {"HF_HOME": str(home), "HF_ENDPOINT": hub.url, "NO_PROXY": "127.0.0.1", "DG_RUN_CACHE": str(home / "dg")}
     return subprocess.Popen(
-        [sys.executable, "-c", FETCH, model, dtype],
+        [sys.executable, "-c", job, model, dtype],
         env={**kept, **own, **environment},
         cwd=Path(__file__).parents[1],
         stdout=subprocess.PIPE,
@@ -264,6 +270,18 @@ def test_offline_is_said_by_its_name(hub: Hub, tmp_path: Path) -> None:
     assert hub.paths("black-forest-labs/FLUX.1-schnell") == []
 
 
+LORA = "import sys; from engine.facts import loras; print(loras.located(sys.argv[1]))"
+
+
+def test_the_one_lora_of_a_repository_is_fetched_and_found_again_offline(hub: Hub, tmp_path: Path) -> None:
+    code, out, err = _fetch(hub, tmp_path, "tiny/lora", job=LORA)
+    assert code == 0, err
+    assert Path(out).read_bytes() == b"of a LoRA"
+    before = len(hub.asked)
+    assert _fetch(hub, tmp_path, "tiny/lora/scene.safetensors", job=LORA, HF_HUB_OFFLINE="1")[:2] == (0, out)
+    assert len(hub.asked) == before
+
+
 def _model() -> Any:
     return facts.find(None)
 
@@ -290,3 +308,32 @@ def test_a_component_without_any_weights_is_named() -> None:
     names = [n for n in WHOLE if not n.startswith("vae/diff")]
     with pytest.raises(ModelError, match="no weights for its component 'vae'"):
         download.needed(_model(), names, "float32")
+
+
+def _gone(file: Path) -> None:
+    file.unlink()
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def _scrambled(file: Path) -> None:
+    body = file.read_bytes()
+    file.write_bytes(body[:8] + b"{" * 40 + body[48:])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"), [(_gone, "holds no weights"), (_cut, "where its header says"), (_scrambled, "damaged header")]
+)
+def test_what_happened_to_a_directory_since_it_was_planned_is_named_with_its_file(
+    tmp_path: Path, spoil: Callable[[Path], None], words: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(paths.embedded_model_dir(), folder)
+    request = Request(model=str(folder))
+    assert download.local(request, "float32", Quiet()).folder == folder
+    spoil(folder / TRANSFORMER)
+    with pytest.raises(ModelError, match=words) as caught:
+        download.local(request, "float32", Quiet())
+    assert "transformer" in str(caught.value) and caught.value.do

@@ -106,6 +106,20 @@ def test_what_changes_the_computing_changes_a_dry_run_as_it_changes_a_real_one(n
     assert any(name.endswith(("to_qkv", "to_kv")) for _, name, _ in told) is (optimizer == "fuse_qkv")
 
 
+@pytest.mark.parametrize("name", ["sd", "wan"])
+def test_layouts_of_a_dry_run_are_those_of_a_real_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With filters in channels-last; but that on CUDA, unlike on the CPU, a group norm computes with planar tensors."""
+    norm = torch.nn.GroupNorm.forward
+    monkeypatch.setattr(torch.nn.GroupNorm, "forward", lambda self, x: norm(self, x.contiguous()))
+    pipe, call = pipelines.made(name)
+    truth = story(real(changed(pipelines.made(name)[0], "channels_last"), call))
+    plain = story(dry(pipelines.made(name)[0], call))
+    to_meta(pipe)
+    told = story(dry(changed(pipe, "channels_last"), call))
+    assert told == truth, first_difference(truth, told)
+    assert told != plain
+
+
 def test_fused_weights_are_there_beside_those_they_were_made_of() -> None:
     """FLUX.1-dev: 57 attentions of 3 x 3072 x 3072 weights, in 19 of them the text's as well, each with its bias."""
     model = facts.find("black-forest-labs/FLUX.1-dev")

@@ -103,7 +103,7 @@ def placement(plan: Plan) -> str:
 @pytest.fixture(scope="module")
 def plain() -> list[Any]:
     """What is drawn where there is room enough, on the CPU."""
-    return [p for _, p in run(engine.resolve(height=64, width=64, steps=2, device="cpu"), 3)]
+    return [p for _, p in run(engine.resolve(height=64, width=64, steps=2, device="cpu"), 2)]
 
 
 # Real limits of a device.
@@ -117,10 +117,10 @@ def test_a_run_goes_down_where_the_device_is_too_small_and_draws_the_same(share:
     plan, told = beginning_with("resident"), Heard()
     sizes = [small.nbytes(c) for c in _modules(plan)]
     with device.capacity(device.counts().live_bytes + round(share * sum(sizes))):
-        found = run(plan, 2, told)
+        found = run(plan, 1, told)
     assert all(np.array_equal(a, b) for (_, a), b in zip(found, plain, strict=False))
     downs = [line for line in told.lines if line.startswith("going down, ")]
-    assert [placement(p) for p, _ in found] == ["model_offload" if share > 0.9 else "sequential_offload"] * 2
+    assert [placement(p) for p, _ in found] == ["model_offload" if share > 0.9 else "sequential_offload"]
     assert len(downs) == (1 if share > 0.9 else 2)
     assert "8.00 GiB are free now" in downs[0]
     gc.collect()
@@ -210,12 +210,12 @@ def test_nothing_of_a_try_that_ran_out_of_memory_is_left_when_the_next_begins(
     plan, told = beginning_with("staged_encoding" if "staged" in moment else "model_offload"), Heard()
     with monkeypatch.context() as patch:
         _inject(moment, patch, fail)
-        found = run(plan, 2, told)
+        found = run(plan, 2 if moment == "second picture" else 1, told)
     assert len(held) > 50
     assert left == [(0, 0)]
     assert len([line for line in told.lines if line.startswith("going down, 1 of 2")]) == 1
     went_on = [p.optimizers != plan.optimizers for p, _ in found]
-    assert went_on == ([False, True] if moment == "second picture" else [True, True])
+    assert went_on == ([False, True] if moment == "second picture" else [True])
     assert all(np.array_equal(a, b) for (_, a), b in zip(found, plain, strict=False))
     gc.collect()
     assert device.counts().live_bytes == live

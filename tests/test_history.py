@@ -8,9 +8,9 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -314,6 +314,8 @@ def test_runs_under_one_placement_say_nothing_of_another() -> None:
 class Pipe:
     """A pipeline that draws nothing, and takes no time."""
 
+    components: ClassVar[dict[str, Any]] = {}
+
     def __init__(self, error: Exception | None = None) -> None:
         self.error = error
 
@@ -383,7 +385,10 @@ def test_a_run_that_ran_out_of_memory_is_remembered_and_one_that_was_refused_is_
 ) -> None:
     import torch
 
-    monkeypatch.setattr("engine.run.load.load", lambda *_, **__: Pipe(torch.OutOfMemoryError("2 GiB")))
+    def full(plan: Plan, calls: Sequence[items.Call], *_: object, **__: object) -> runner.Ready:
+        return runner.Ready(pipe=Pipe(torch.OutOfMemoryError("2 GiB")), calls=tuple(calls))
+
+    monkeypatch.setattr(runner, "prepared", full)
     with pytest.raises(OutOfMemoryError):
         next(plan().run("a red circle", seed=7))
     for error in (ValueError("no"), KeyboardInterrupt()):

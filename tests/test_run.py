@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 import engine
-from engine import optimizers
+from engine import optimizers, paths
 from engine.errors import IncompatibleError, ModelError, NothingFitsError, OutOfMemoryError, UsageError
 from engine.optimizers import placing
 from engine.optimizers.spec import Context, NotApplied
@@ -19,6 +21,7 @@ from engine.optimizers.spec import modules as optimizer_modules
 from engine.plan import Plan
 from engine.prompts import MAX_SEED
 from engine.run import device, items, load
+from engine.run.progress import Quiet
 from tests.conftest import card, draw, machine
 from truth import pipelines
 
@@ -37,9 +40,13 @@ def step(name: str, **params: Any) -> dict[str, Any]:
 ACTING = {
     "fuse_qkv": step("fuse_qkv"),
     "attention_backend": step("attention_backend"),
+    "channels_last": step("channels_last"),
     "vae_slicing": step("vae_slicing"),
     "vae_tiling": step("vae_tiling"),
     "layerwise_casting": step("layerwise_casting", storage="float16"),
+    "cache": step("cache"),
+    "cache taylor": step("cache", method="taylor_seer"),
+    "compile": step("compile"),
     "resident": step("resident"),
     "model_offload": step("model_offload"),
     "sequential_offload": step("sequential_offload"),
@@ -77,7 +84,10 @@ def test_an_optimizer_is_seen_to_hold_only_once_it_was_applied(pipe: Any, name: 
     assert applied(pipe, ACTING[name])
 
 
-@pytest.mark.parametrize("name", [n for n in ACTING if n not in ("vae_tiling", "layerwise_casting")])
+EXACT = [n for n, s in ACTING.items() if optimizers.spec(s["name"]).quality == "exact"]
+
+
+@pytest.mark.parametrize("name", EXACT)
 def test_an_exact_optimizer_leaves_the_picture_as_it_is_twice_in_a_row(pipe: Any, name: str) -> None:
     plain = draw(pipe)
     applied(pipe, ACTING[name])
@@ -147,9 +157,12 @@ def test_a_switch_that_a_vae_does_not_have_is_passed_over_where_the_plan_says_so
     plan = plan_for("vae_slicing", "vae_tiling", height=64, width=64)
     assert {n.optimizer for n in plan.notes if n.kind == "no_effect"} == {"vae_slicing", "vae_tiling"}
     pipe.vae = AsymmetricAutoencoderKL(down_block_out_channels=(8,), up_block_out_channels=(8,), norm_num_groups=2)
-    assert load.apply(plan, pipe) is pipe
+    with pytest.raises(IncompatibleError, match="vae of the pipeline is a AsymmetricAutoencoderKL"):
+        load.apply(plan, pipe)
+    assert load.apply_steps(plan, pipe, HERE) is pipe
+    load.undo(plan, pipe)
     with pytest.raises(IncompatibleError, match="vae_tiling cannot act"):
-        load.apply(plan_for("vae_tiling", height=256, width=256), pipe)
+        load.apply_steps(plan_for("vae_tiling", height=256, width=256), pipe, HERE)
 
 
 def test_fp8_storage_keeps_the_picture_near(pipe: Any) -> None:
@@ -379,3 +392,38 @@ def test_ctrl_c_while_torch_starts_comes_through_afterwards() -> None:
     assert signal.getsignal(signal.SIGINT) is before
     with interrupt.held_back():
         pass
+
+
+def test_a_weight_file_that_goes_bad_while_the_model_is_loaded_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its header is looked at before anything starts, and once more when the libraries refuse it."""
+    folder = tmp_path / "model"
+    shutil.copytree(paths.embedded_model_dir(), folder)
+    plan = engine.resolve(folder, hardware=machine())
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+
+    def spoil(*_: object, **__: object) -> None:
+        file.write_bytes(file.read_bytes()[:-7])
+
+    monkeypatch.setattr(device, "choose", spoil)
+    with pytest.raises(ModelError, match=r"vae/diffusion_pytorch_model.safetensors has .* where its header says"):
+        plan.load()
+
+
+class Lines(Quiet):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_every_component_is_told_with_its_bytes_as_it_is_loaded() -> None:
+    told = Lines()
+    load.load(engine.resolve(hardware=machine()), told)
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        (line,) = [line for line in told.lines if line.startswith(f"  {name}: ")]
+        assert re.fullmatch(rf"  {name}: [\d.]+ [KM]iB in [\d.]+ m?s", line), line

@@ -43,6 +43,14 @@ def _apply(pipe: Any, case: Case) -> None:
         optimizer.verify(pipe, step, here)
 
 
+def _see_settled(pipe: Any, case: Case) -> None:
+    here = Context(device=device.NAME, dtype=case.dtype)
+    for step in placing.spread(case.steps, _modules(pipe)):
+        settled = optimizers.optional(step.name, "settled")
+        if settled is not None:
+            settled(pipe, step, here)
+
+
 def executed(case: Case) -> Seen:
     """Return what a case held, from before anything is placed to the end of its call.
 
@@ -84,6 +92,7 @@ def _run(case: Case, pipe: Any, call: dict[str, Any], before: int) -> tuple[_Wat
 
     with _watched(_modules(pipe), before) as watch:
         first = draw()
+    _see_settled(pipe, case)
     return watch, first, draw
 
 

@@ -63,6 +63,7 @@ from transformers import (
 )
 
 from engine.dryrun.tokens import StubTokenizer
+from engine.optimizers import tiles
 
 Call = dict[str, Any]
 
@@ -576,6 +577,7 @@ def _small_tiles(vae: Any) -> None:
         if hasattr(vae, f"tile_sample_stride_{side}"):
             setattr(vae, f"tile_sample_min_{side}", 64)
             setattr(vae, f"tile_sample_stride_{side}", 48)
+    tiles.take_for_own(vae)
 
 
 def made(name: str, *, small_tiles: bool = True) -> tuple[Any, Call]:

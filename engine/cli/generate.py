@@ -82,10 +82,11 @@ class Job:
     """What all of them begin with."""
     file: Path | None
     """The file of the prompts: a run of one is numbered into a folder."""
+    preview: bool
     debug: bool
 
 
-_OF_A_JOB = ("prompt", "prompts", "image", "num_images", "seed", "output", "debug")
+_OF_A_JOB = ("prompt", "prompts", "image", "num_images", "seed", "output", "preview", "debug")
 
 
 def run(argv: list[str]) -> int:
@@ -145,6 +146,7 @@ def _job(given: argparse.Namespace, several: tuple[Prompt, ...], picture: Pictur
         output=given.output,
         picture=picture,
         file=given.prompts,
+        preview=given.preview,
         debug=given.debug,
     )
 
@@ -236,18 +238,23 @@ def _draw(planned: Callable[[], Plan], job: Job) -> int:
         if (left := sum(len(c.items) for c in missing)) < found.count:
             told.say(f"{found.count - left} of {found.count} are there already, in {found.place.folder}")
         if missing:
-            found.journal.begin(found.name, found.seed, found.count)
-            _make(plan, missing, planned, found, told, debug=job.debug)
+            if found.place.goes_on:
+                found.journal.begin(found.name, found.seed, found.count)
+            _make(plan, missing, planned, found, told, job)
     return 0
 
 
 def _make(
-    plan: Plan, wanted: Sequence[Call], again: Callable[[], Plan], into: Placed, told: Progress, *, debug: bool
+    plan: Plan, wanted: Sequence[Call], again: Callable[[], Plan], into: Placed, told: Progress, job: Job
 ) -> None:
-    from engine.run import runner
+    from engine.run import preview, runner
+
+    def preview_at(call: Call) -> Path:
+        return preview.path(into.place.path(call.items[0]))
 
     peak_bytes = predicted_bytes = fault = None
-    for made in runner.run(plan, wanted, told, again=again, debug=debug):
+    shown = preview_at if job.preview else None
+    for made in runner.run(plan, wanted, told, again=again, preview_at=shown, debug=job.debug):
         for item, output in made.each():
             if (path := into.place.save(output, item, made.plan, is_broken=made.is_broken(item))) is None:
                 continue

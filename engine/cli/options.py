@@ -133,6 +133,9 @@ def add_job(parser: Parser) -> None:
         metavar="FILE|DIR/",
         help="where it goes: a .png (a .mp4 for videos), or a folder (default: a new name in outputs/)",
     )
+    parser.add_argument(
+        "--preview", action="store_true", help="show what is being made, in NAME.preview.png beside the output"
+    )
 
 
 def add_request(parser: Parser) -> None:

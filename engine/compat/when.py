@@ -79,6 +79,10 @@ TRAITS: dict[str, Trait] = {
         "the denoiser computes attention in slices when it is told to",
         lambda f, _: None if f.model is None else f.model.can_slice_attention,
     ),
+    "convolves_in_2d": Trait(
+        "what denoises, or the VAE, has two-dimensional convolutions",
+        lambda f, _: None if f.model is None else f.model.convolves_in_2d,
+    ),
     "has_vae": Trait(
         "the pipeline has a component that is called its VAE",
         lambda f, _: None if f.model is None else "vae" in f.model.components,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine.dryrun import twins, works
+from engine.dryrun import kernels, twins, works
 from engine.dryrun.tensors import tensors_in
 from engine.estimate.trace import Builder, Work
 
@@ -82,7 +82,7 @@ class Follower(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in _TAKEN_APART:
             with self:
                 return func._op_dk(_PARTS, *args, **given)
-        result = twins.call(func, args, given) if is_dry else func(*args, **given)
+        result = kernels.laid_out(func, args, twins.call(func, args, given)) if is_dry else func(*args, **given)
         outputs = [t for t in tensors_in((result,)) if t.device.type == self.device]
         before, after = self._held(func, args) if self._held is not None and outputs else ((), ())
         temporaries = [self.builder.born(size) for size in before]

@@ -32,6 +32,22 @@ def held(func: Any, args: tuple[Any, ...]) -> Held:
     return [n for n in before if n], [n for n in after if n]
 
 
+def laid_out(func: Any, args: tuple[Any, ...], result: Any) -> Any:
+    """Return the result of an operator on `meta` in the layout that a device gives it.
+
+    A convolution's is channels-last where its filters are (`cudnn_conv_suggest_memory_format` of torch's ConvUtils.h,
+    and mkldnn's alike); on `meta` it is always planar.
+    """
+    if func is not aten.convolution.default or not is_last(args[1]):
+        return result
+    return torch.empty_like(result, memory_format=torch.channels_last)
+
+
+def is_last(weight: Tensor) -> bool:
+    """Whether filters have their channels last."""
+    return weight.dim() == 4 and suggest_memory_format(weight) is torch.channels_last
+
+
 def _copied(tensor: Tensor, layout: torch.memory_format = torch.contiguous_format) -> int:
     """Return the bytes of the copy that is made of a tensor that is not laid out as the kernel reads it."""
     return 0 if tensor.is_contiguous(memory_format=layout) else tensor.numel() * tensor.element_size()

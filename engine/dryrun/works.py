@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.dryrun import kernels
 from engine.dryrun.tensors import tensors_in
 from engine.estimate.trace import NAMED, Work
 
@@ -73,6 +74,9 @@ def of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, de
         case "matmul":
             return Work("matmul", name, _matmul(args), moved)
         case "conv":
+            if kernels.is_last(args[1]):
+                copied = sum(kernels.held(func, args)[0])
+                return Work("conv_last", name, _conv(args, result), moved + 2 * copied)
             return Work("conv", name, _conv(args, result), moved)
         case "attention":
             query, key = args[0], args[1]

@@ -231,6 +231,11 @@ def _busy(work: Work, speed: Speeds, moving: float) -> float:
             around = 0 if workspaces.is_product(work, speed.capability) else 2 * moving
             around += 2 * workspaces.output_bytes(work) / speed.memory_bytes_per_s
             return _conv_flop(work) / convolution_rate(work.dtype, speed) + around
+        case "conv_last":
+            # What torch copies into the layout, and the bias.
+            copying = work.moved_bytes - workspaces.values_of(work) * _item_bytes(work.dtype)
+            around = max(0, copying) + 2 * workspaces.output_bytes(work)
+            return _conv_flop(work) / convolution_rate(work.dtype, speed) + around / speed.memory_bytes_per_s
         case "group_norm":
             # The reduction runs in one block a group; then all is read again and written.
             per_group = float(data["group_norm_values_per_s_a_group"]["value"]) * _item_bytes(work.dtype)

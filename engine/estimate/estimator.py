@@ -296,6 +296,10 @@ class Estimator:
             return "a pipeline object is taken as it is; plan by its model's name or directory"
         if any(s.name == "xdit" for s in steps):
             return "xdit runs on several cards, and estimates are of one"
+        for step in steps:
+            because = optimizers.optional(step.name, "not_estimated")
+            if because is not None and (why := because(step)) is not None:
+                return str(why)
         return self._unknown_attention(steps)
 
     def _unknown_attention(self, steps: Sequence[Step]) -> str | None:

@@ -43,6 +43,8 @@ class Work(NamedTuple):
     matmul     batch, m, n, k
     conv       batch, channels in, channels out, groups, transposed (0 or 1), then in as many numbers as there are
                spatial dimensions each: size in, kernel, stride, dilation, size out
+    conv_last  the same, of filters with the channels last: torch hands over all of it in that layout, and what it
+               copied for that is read and written in `moved_bytes`
     attention  batch, heads, queries, keys, width, and 1 for the flash kernel, 2 for the memory-efficient one, or
                what a card prefers to it; 3 and 4 for these and no other (`NAMED` more)
     group_norm how many groups are reduced: batch x groups

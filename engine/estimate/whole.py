@@ -39,6 +39,7 @@ MARGIN = 0.015
 SECONDS_LOW, SECONDS_HIGH = 0.75, 1.35
 """Beside the range of hosts: assumed, for how far a card's rates are from what a run reaches of them."""
 
+_CONVOLUTIONS = ("conv", "conv_last")
 _QUALITIES = ("exact", "near", "lossy")
 
 
@@ -239,10 +240,10 @@ def _range(
     """Return where the peak lies when cuDNN converts nothing, and when it converts everything."""
 
     def nothing(work: Work) -> Taken:
-        return Taken() if work.kind == "conv" else workspaces.taken(work, *card)
+        return Taken() if work.kind in _CONVOLUTIONS else workspaces.taken(work, *card)
 
     def everything(work: Work) -> Taken:
-        if work.kind != "conv":
+        if work.kind not in _CONVOLUTIONS:
             return workspaces.taken(work, *card)
         return Taken(bytes=workspaces.converted_bytes(work, ("input", "output")))
 

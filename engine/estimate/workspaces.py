@@ -73,6 +73,8 @@ def taken(
             if columns := _columns_bytes(work):
                 return Taken(bytes=columns)
             return Taken(bytes=convolution_bytes(work, capability, calibration), is_given_up=True)
+        case "conv_last":
+            return Taken(bytes=converted_bytes(work, broken(work)), is_given_up=True)
         case "attention":
             return Taken(bytes=attention_bytes(work, capability, multiprocessors))
     return Taken()
@@ -110,6 +112,16 @@ def convolution_bytes(work: Work, capability: tuple[int, int], calibration: Cali
     few = _by_capability(_libraries()["convolution"]["few_channels"], capability)
     names = few[kind] if work.dims[1] <= few["most"] else converts(kind, capability, calibration)
     return converted_bytes(work, names)
+
+
+def broken(work: Work) -> tuple[str, ...]:
+    """Return the tensors of a convolution in channels-last whose channels are no whole groups: cuDNN pads copies.
+
+    Read in what it converts of planar tensors; that it takes nothing for those that are as it wants them is assumed.
+    """
+    together = _CHANNELS_BYTES // _ITEM_BYTES.get(work.dtype, _CHANNELS_BYTES)
+    channels = {"input": work.dims[1], "output": work.dims[2]}
+    return tuple(name for name, count in channels.items() if count % together)
 
 
 def is_product(work: Work, capability: tuple[int, int]) -> bool:
@@ -186,6 +198,16 @@ def converted_bytes(work: Work, names: Sequence[str]) -> int:
     # Filters of one pixel are the same in both layouts.
     filters = padded_in * padded_out // groups * kernel * item if kernel > 1 else 0
     return sum(sizes[name] for name in names) + filters
+
+
+def values_of(work: Work) -> int:
+    """Return how many numbers a convolution's tensors and its filters have."""
+    batch, channels_in, channels_out, groups, _ = work.dims[:5]
+    per_dimension = (len(work.dims) - 5) // 5
+    size_in, kernel = (math.prod(work.dims[5 + i * per_dimension : 5 + (i + 1) * per_dimension]) for i in range(2))
+    size_out = math.prod(work.dims[-per_dimension:])
+    filters = channels_in * channels_out // groups * kernel
+    return batch * (channels_in * size_in + channels_out * size_out) + filters
 
 
 def output_bytes(work: Work) -> int:

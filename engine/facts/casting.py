@@ -26,6 +26,11 @@ def is_text_encoder(component: str) -> bool:
 @cache
 def is_cast(path: str) -> bool:
     """Whether a layer at this path within a text encoder is cast: no part of the way to it is left alone."""
+    return not is_left_alone(path, LEFT_ALONE)
+
+
+def is_left_alone(path: str, patterns: tuple[str, ...]) -> bool:
+    """Whether some part of the way to a layer fits one of these patterns."""
     names = path.split(".")
     ways = [".".join(names[: i + 1]) for i in range(len(names))]
-    return not any(re.search(p, way) for way in ways for p in LEFT_ALONE)
+    return any(re.search(p, way) for way in ways for p in patterns)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.facts import attention, tiling, widening
+from engine.facts import attention, convolutions, tiling, widening
 from engine.values import FrozenDict
 
 WITHOUT_WEIGHTS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor", "ImageProcessorPil")
@@ -113,6 +113,13 @@ class Model:
     def class_of(self, denoiser: Component) -> str:
         """Return a denoiser's class as the pipeline computes with it: AnimateDiff makes a UNet a UNet with motion."""
         return "UNetMotionModel" if "motion_adapter" in self.components else denoiser.cls
+
+    @property
+    def convolves_in_2d(self) -> bool | None:
+        """Whether what denoises, or the VAE, has two-dimensional convolutions; None where it is not known."""
+        parts = [self.components[n] for n in (*attention.DENOISERS, *convolutions.VAES) if n in self.components]
+        found = [convolutions.has_flat(c.cls) if c.library == "diffusers" else None for c in parts]
+        return True if True in found else None if None in found else False
 
     @property
     def can_slice_attention(self) -> bool | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.errors import IncompatibleError
 from engine.facts import attention
+from engine.optimizers import hooks
 from engine.optimizers.spec import Context, NotApplied, Pipeline, Spec, denoisers, names, nothing_to_load
 from engine.values import Step
 
@@ -33,7 +34,11 @@ def _targets(pipe: Pipeline) -> dict[str, Any]:
 
 
 def _fused(module: Any) -> list[Any]:
-    return [m for m in module.modules() if getattr(m, "fused_projections", False) is True]
+    return [m for m in module.modules() if _is_fused(m)]
+
+
+def _is_fused(part: Any) -> bool:
+    return getattr(part, "fused_projections", False) is True
 
 
 def apply(pipe: Pipeline, step: Step, context: Context) -> None:
@@ -74,10 +79,18 @@ def seen(pipe: Pipeline, context: Context) -> str | None:
 
 
 def verify(pipe: Pipeline, step: Step, context: Context) -> str:
+    """Every attention that can be fused is, and its processor computes with the fused weights."""
     told = []
     for name, module in _targets(pipe).items():
-        fused = _fused(module)
+        fused = {path for path, part in module.named_modules() if _is_fused(part)}
         if not fused:
             raise NotApplied("fuse_qkv", f"no attention of {name} has fused projections")
+        whole = {path for path, part in module.named_modules() if _can_fuse(part)}
+        if missing := whole - fused:
+            raise NotApplied("fuse_qkv", f"{hooks.first(missing)} of {name} has no fused projections")
         told.append(f"{len(fused)} attentions of {name} project queries, keys and values at once")
     return "; ".join(told)
+
+
+def _can_fuse(part: Any) -> bool:
+    return hasattr(part, "fuse_projections") and getattr(part, "_supports_qkv_fusion", True)

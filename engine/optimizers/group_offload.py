@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.errors import IncompatibleError
+from engine.optimizers import hooks, offload
 from engine.optimizers.spec import (
     COMPONENTS,
     Context,
@@ -62,9 +63,20 @@ SPEC = Spec(
             default=None,
             about="with a stream: pin a group while it is copied, and keep no pinned copies; left out: keep them",
         ),
+        Param(
+            name="record_stream",
+            kind="bool",
+            default=None,
+            about="with a stream: let a group go without waiting for the computing; its memory comes back when that "
+            "has passed, which is not estimated. Left out: wait",
+        ),
     ),
 )
 load_arguments = nothing_to_load
+
+
+def _records(step: Step) -> bool:
+    return bool(step.params["use_stream"] and step.params.get("record_stream"))
 
 
 def _pins_in_turn(step: Step) -> bool:
@@ -110,6 +122,7 @@ def apply(pipe: Pipeline, step: Step, context: Context) -> None:
         "num_blocks_per_group": step.params["blocks_per_group"] if is_block else None,
         "use_stream": step.params["use_stream"],
         "low_cpu_mem_usage": _pins_in_turn(step),
+        "record_stream": _records(step),
     }
     for module in targets.values():
         if hasattr(module, "enable_group_offload"):
@@ -122,9 +135,7 @@ def apply(pipe: Pipeline, step: Step, context: Context) -> None:
 
 
 def _hooks(module: Any) -> list[Any]:
-    registries = (getattr(m, "_diffusers_hook", None) for m in module.modules())
-    hooks = (None if r is None else r.get_hook(HOOK) for r in registries)
-    return [h for h in hooks if h is not None]
+    return list(hooks.of(module, HOOK).values())
 
 
 def _has_hook(module: Any) -> bool:
@@ -140,15 +151,116 @@ def seen(pipe: Pipeline, context: Context) -> str | None:
     return f"{names(grouped)} is in groups already" if grouped else None
 
 
+def not_estimated(step: Step) -> str | None:
+    if not _records(step):
+        return None
+    return (
+        "with record_stream memory comes back when the computing has passed, and how far the host is ahead is not known"
+    )
+
+
 def verify(pipe: Pipeline, step: Step, context: Context) -> str:
+    """Just the modules that begin or end a group have its hook, each group is of the planned kind and size, and every
+    weight is in one."""
     targets = _grouped(pipe, step)
-    bare = [n for n, m in targets.items() if not _has_hook(m)]
-    if bare:
-        raise NotApplied("group_offload", f"{names(bare)} has no group-offloading hook")
+    for name, module in targets.items():
+        _verify_groups(name, module, step, context)
+    for name, module in held(pipe, step).items():
+        if name not in targets and any(p.device.type != context.device for p in module.parameters()):
+            raise NotApplied("group_offload", f"{name} is in no groups, and not on {context.device}")
     streamed = ", streamed" if step.params["use_stream"] else ""
     if _pins_in_turn(step):
         copies = (c for m in targets.values() for h in _hooks(m) for c in h.group.cpu_param_dict.values())
         if any(c.is_pinned() for c in copies):
             raise NotApplied("group_offload", "there are pinned copies, and low_cpu_mem_usage keeps none")
         streamed += ", pinned one after another"
+    if _records(step):
+        streamed += ", recorded"
     return f"{names(targets)} in groups, {step.params['type']}{streamed}"
+
+
+def settled(pipe: Pipeline, step: Step, context: Context) -> str:
+    """After a call the weights in groups are back on the host. Buffers of streamed blocks stay on the device."""
+    targets = _grouped(pipe, step)
+    offload.refuse_elsewhere("group_offload", targets, "cpu")
+    offload.refuse_elsewhere(
+        "group_offload", {n: m for n, m in held(pipe, step).items() if n not in targets}, context.device
+    )
+    return f"{names(targets)} back on the host"
+
+
+def _verify_groups(name: str, module: Any, step: Step, context: Context) -> None:
+    found = hooks.of(module, HOOK)
+    if not found:
+        raise NotApplied("group_offload", f"{name} has no group-offloading hook")
+    planned = _planned_groups(module, step)
+    if missing := set(planned) - set(found):
+        raise NotApplied("group_offload", f"{hooks.first(missing)} of {name} has no group-offloading hook")
+    if more := set(found) - set(planned):
+        raise NotApplied("group_offload", f"{hooks.first(more)} of {name} has a group-offloading hook of its own")
+    for path, hook in found.items():
+        group, blocks = hook.group, planned[path]
+        own = f"the group of {path or 'the rest'} of {name}"
+        if blocks is not None and len(group.modules) != blocks:
+            raise NotApplied("group_offload", f"{own} has {len(group.modules)} modules; planned were {blocks}")
+        if group.onload_device.type != context.device or group.offload_device.type != "cpu":
+            raise NotApplied("group_offload", f"{own} moves from {group.offload_device} to {group.onload_device}")
+        # What is in no block comes at once, without a stream; and a group of nothing only watches the order.
+        is_streamed = blocks is not None and bool(group.modules or group.parameters or group.buffers)
+        if (group.stream is not None) != (step.params["use_stream"] and is_streamed):
+            raise NotApplied(
+                "group_offload", f"{own} comes {'with' if group.stream is not None else 'without'} a stream"
+            )
+        if blocks is not None and group.low_cpu_mem_usage != _pins_in_turn(step):
+            raise NotApplied("group_offload", f"{own} has low_cpu_mem_usage {group.low_cpu_mem_usage}")
+        if blocks and is_streamed and bool(group.record_stream) != _records(step):
+            raise NotApplied("group_offload", f"{own} has record_stream {group.record_stream}")
+    grouped = {id(p) for hook in found.values() for m in hook.group.modules for p in m.parameters()}
+    grouped |= {id(p) for hook in found.values() for p in hook.group.parameters}
+    if alone := {path for path, p in module.named_parameters() if id(p) not in grouped}:
+        raise NotApplied("group_offload", f"{hooks.first(alone)} of {name} is in no group")
+
+
+def _planned_groups(module: Any, step: Step) -> dict[str, int | None]:
+    """Return how many modules the group of each module that has a hook has, by path; None: it is what is in no block.
+
+    Source: `_apply_group_offloading_leaf_level` and `_apply_group_offloading_block_level` of diffusers 0.42.
+    """
+    if step.params["type"] == "leaf_level":
+        return _planned_leaves(module, streamed=bool(step.params["use_stream"]))
+    blocks = 1 if step.params["use_stream"] else int(step.params["blocks_per_group"])
+    apart = frozenset(getattr(module, "_group_offload_block_modules", None) or ())
+    return _planned_blocks(module, "", blocks, apart)
+
+
+def _planned_leaves(module: Any, *, streamed: bool) -> dict[str, int | None]:
+    kinds = hooks.are_layers()
+    leaves = {path for path, part in module.named_modules() if isinstance(part, kinds)}
+    planned: dict[str, int | None] = dict.fromkeys(leaves, 1)
+    for path, part in module.named_modules():
+        way = path.split(".")
+        is_within = any(".".join(way[: i + 1]) in leaves for i in range(len(way)))
+        if not is_within and any(True for _ in (*part.parameters(recurse=False), *part.buffers(recurse=False))):
+            planned[path] = 0
+    if streamed:  # the order is watched from the outermost module
+        planned.setdefault("", 0)
+    return planned
+
+
+def _planned_blocks(module: Any, path: str, blocks: int, apart: frozenset[str]) -> dict[str, int | None]:
+    from torch import nn
+
+    planned: dict[str, int | None] = {}
+    rest = sum(1 for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+    for name, child in module.named_children():
+        own = f"{path}.{name}" if path else name
+        if name in apart:
+            planned |= _planned_blocks(child, own, blocks, apart)
+        elif isinstance(child, nn.ModuleList | nn.Sequential):
+            for i in range(len(child)):
+                planned[f"{own}.{i}"] = min(blocks, len(child) - i // blocks * blocks)
+        else:
+            rest += 1
+    if rest:
+        planned[path] = None
+    return planned

@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.errors import IncompatibleError
 from engine.facts import casting
+from engine.optimizers import hooks
 from engine.optimizers.spec import (
     Context,
     NotApplied,
@@ -66,12 +67,19 @@ def _targets(pipe: Pipeline, step: Step) -> dict[str, Any]:
     return denoisers(pipe) if named(step) is None else held(pipe, step)
 
 
+def _compute(step: Step, context: Context) -> str:
+    compute = str(step.params["compute"])
+    return context.dtype if compute == "auto" else compute
+
+
 def apply(pipe: Pipeline, step: Step, context: Context) -> None:
     import torch
     from diffusers.hooks import apply_layerwise_casting
 
-    compute = context.dtype if step.params["compute"] == "auto" else step.params["compute"]
-    dtypes = {"storage_dtype": getattr(torch, step.params["storage"]), "compute_dtype": getattr(torch, compute)}
+    dtypes = {
+        "storage_dtype": getattr(torch, step.params["storage"]),
+        "compute_dtype": getattr(torch, _compute(step, context)),
+    }
     targets = _targets(pipe, step)
     own = {n for n, m in targets.items() if n in denoisers(pipe) and hasattr(m, "enable_layerwise_casting")}
     others = [n for n in targets if n not in own and not casting.is_text_encoder(n)]
@@ -88,28 +96,55 @@ def apply(pipe: Pipeline, step: Step, context: Context) -> None:
             apply_layerwise_casting(module, skip_modules_pattern=casting.LEFT_ALONE, **dtypes)
 
 
-def cast_layers(module: Any) -> dict[str, Any]:
-    """Return the hook of each layer of a module that is cast, by the layer's path."""
-    found = {}
-    for path, part in module.named_modules():
-        registry = getattr(part, "_diffusers_hook", None)
-        if registry is not None and (hook := registry.get_hook(HOOK)) is not None:
-            found[path] = hook
-    return found
-
-
 def seen(pipe: Pipeline, context: Context) -> str | None:
-    cast = [n for n, m in modules(pipe).items() if cast_layers(m)]
+    cast = [n for n, m in modules(pipe).items() if hooks.of(m, HOOK)]
     return f"layers of {names(cast)} are cast already" if cast else None
 
 
 def verify(pipe: Pipeline, step: Step, context: Context) -> str:
-    storage = f"torch.{step.params['storage']}"
+    """Just the layers that the library would cast are, each in the planned precisions."""
+    storage, compute = step.params["storage"], _compute(step, context)
     told = []
     for name, module in _targets(pipe, step).items():
-        weights = list(module.parameters())
-        cast = sum(p.numel() for p in weights if str(p.dtype) == storage)
+        found, planned = hooks.of(module, HOOK), _layers(name, module)
+        if missing := set(planned) - set(found):
+            raise NotApplied("layerwise_casting", f"{hooks.first(missing)} of {name} is not cast")
+        if more := set(found) - set(planned):
+            raise NotApplied("layerwise_casting", f"{hooks.first(more)} of {name} is cast, and should be left alone")
+        for path, hook in found.items():
+            dtypes = (str(hook.storage_dtype), str(hook.compute_dtype))
+            if dtypes != (f"torch.{storage}", f"torch.{compute}"):
+                raise NotApplied("layerwise_casting", f"{path} of {name} is cast from {dtypes[0]} to {dtypes[1]}")
+        cast = sum(_in_storage(name, path, layer, storage) for path, layer in planned.items())
         if not cast:
-            raise NotApplied("layerwise_casting", f"no weight of {name} is in {step.params['storage']}")
-        told.append(f"{cast / sum(p.numel() for p in weights):.0%} of {name}'s weights in {step.params['storage']}")
+            raise NotApplied("layerwise_casting", f"no weight of {name} is in {storage}")
+        told.append(f"{cast / sum(p.numel() for p in module.parameters()):.0%} of {name}'s weights in {storage}")
     return "; ".join(told)
+
+
+def _in_storage(name: str, path: str, layer: Any, storage: str) -> int:
+    """Return how many weights of a layer are kept in few bits: all of them. Raises: NotApplied."""
+    count = 0
+    for own, weight in layer.named_parameters(recurse=False):
+        if weight.is_floating_point() and str(weight.dtype) != f"torch.{storage}":
+            raise NotApplied("layerwise_casting", f"{path}.{own} of {name} is in {weight.dtype}, not in {storage}")
+        count += weight.numel()
+    return count
+
+
+def _layers(name: str, module: Any) -> dict[str, Any]:
+    """Return the layers of a component that are cast, by path.
+
+    Source: `enable_layerwise_casting` of diffusers 0.42: no part of the way to a layer is left alone, by the usual
+    patterns or those of its class, and no LoRA's layer is cast.
+    """
+    patterns: tuple[str, ...] = casting.LEFT_ALONE
+    if hasattr(module, "enable_layerwise_casting"):
+        of_class = (getattr(module, n, None) for n in ("_keep_in_fp32_modules", "_skip_layerwise_casting_patterns"))
+        patterns = (*casting.USUAL, *(p for found in of_class for p in found or ()), "lora_", "hada_", "lokr_")
+    kinds = hooks.are_layers()
+    return {
+        path: part
+        for path, part in module.named_modules()
+        if isinstance(part, kinds) and not casting.is_left_alone(path, patterns)
+    }

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from engine.optimizers.spec import Pipeline
+from engine.optimizers.spec import NotApplied, Pipeline, names
 
 _OWN = "_dg_run_own_offload"
 _TOLD = ("model_cpu_offload_seq", "_exclude_from_cpu_offload")
@@ -46,6 +46,21 @@ def kind(module: Any) -> str | None:
     """Return the name of the class of accelerate's hook on a component as a whole; None where it has none."""
     hook = getattr(module, "_hf_hook", None)
     return None if hook is None else type(hook).__name__
+
+
+def device_type(device: Any) -> str:
+    """Return the kind of a device that a hook names, as "cuda"; a number is a card's."""
+    import torch
+
+    return str(torch.device(device).type)
+
+
+def refuse_elsewhere(owner: str, components: Mapping[str, Any], where: str) -> None:
+    """Raises: NotApplied, when weights of a component are anywhere but there."""
+    for name, module in components.items():
+        found = {p.device.type for p in module.parameters()} - {where}
+        if found:
+            raise NotApplied(owner, f"after a call weights of {name} are on {names(sorted(found))}, not on {where}")
 
 
 def kept(pipe: Pipeline) -> set[str]:

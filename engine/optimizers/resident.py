@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.optimizers import offload
 from engine.optimizers.spec import (
     COMPONENTS,
     Context,
@@ -42,7 +43,12 @@ def undo(pipe: Pipeline, step: Step, context: Context) -> None:
 def verify(pipe: Pipeline, step: Step, context: Context) -> str:
     targets = held(pipe, step)
     for name, module in targets.items():
-        elsewhere = {p.device.type for p in module.parameters()} - {context.device}
+        elsewhere = {t.device.type for t in (*module.parameters(), *module.buffers())} - {context.device}
         if elsewhere:
             raise NotApplied("resident", f"weights of {name} are on {names(sorted(elsewhere))}")
+        if offload.kind(module) is not None:
+            raise NotApplied("resident", f"a hook moves {name}")
     return f"{names(targets)} on {context.device}"
+
+
+settled = verify

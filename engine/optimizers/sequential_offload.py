@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.optimizers import offload
+from engine.optimizers import hooks, offload
 from engine.optimizers.spec import (
     COMPONENTS,
     Context,
@@ -52,16 +52,46 @@ def seen(pipe: Pipeline, context: Context) -> str | None:
     return f"{names(away)} is offloaded already" if away else None
 
 
-def _fetches(module: Any) -> bool:
-    """Whether every weight is away (on meta) and some hook brings it back."""
-    away = all(p.device.type == "meta" for p in module.parameters())
-    return away and any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in module.modules())
+def _targets(pipe: Pipeline, step: Step) -> dict[str, Any]:
+    kept = set(pipe._exclude_from_cpu_offload)
+    return {n: m for n, m in held(pipe, step).items() if n not in kept}
+
+
+def _fetches(part: Any, context: Context) -> bool:
+    """Whether a hook fetches a module's own weights to the device, and puts them away again."""
+    hook: Any = getattr(part, "_hf_hook", None)
+    found = [h for h in getattr(hook, "hooks", (hook,)) if getattr(h, "offload", False)]
+    return len(found) == 1 and offload.device_type(found[0].execution_device) == context.device
 
 
 def verify(pipe: Pipeline, step: Step, context: Context) -> str:
-    kept = set(pipe._exclude_from_cpu_offload)
-    targets = {n: m for n, m in held(pipe, step).items() if n not in kept}
-    bare = [n for n, m in targets.items() if not _fetches(m)]
-    if bare:
-        raise NotApplied("sequential_offload", f"{names(bare)} still holds its weights")
+    """Every module that owns weights has a hook that fetches them, and they are away (on meta) until it does.
+
+    Source: `attach_align_device_hook` of accelerate 1.15. Buffers may stay on the device.
+    """
+    targets = _targets(pipe, step)
+    for name, module in targets.items():
+        owners = {
+            path: part
+            for path, part in module.named_modules()
+            if any(True for _ in (*part.parameters(recurse=False), *part.buffers(recurse=False)))
+        }
+        here = {path for path, part in owners.items() if any(not p.is_meta for p in part.parameters(recurse=False))}
+        if here:
+            raise NotApplied("sequential_offload", f"{hooks.first(here)} of {name} still holds its weights")
+        bare = {path for path, part in owners.items() if not _fetches(part, context)}
+        if bare:
+            raise NotApplied(
+                "sequential_offload", f"{hooks.first(bare)} of {name} has no hook that fetches it to {context.device}"
+            )
     return f"{names(targets)} fetch their weights layer by layer"
+
+
+def settled(pipe: Pipeline, step: Step, context: Context) -> str:
+    """After a call no weight of what is held is on the device, and what it leaves there is."""
+    targets = _targets(pipe, step)
+    offload.refuse_elsewhere("sequential_offload", targets, "meta")
+    offload.refuse_elsewhere(
+        "sequential_offload", {n: m for n, m in modules(pipe).items() if n not in targets}, context.device
+    )
+    return f"{names(targets)} away from the device"

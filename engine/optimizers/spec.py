@@ -24,8 +24,8 @@ class Param:
     """One parameter: its type, its default, and (for words) its choices."""
 
     name: str
-    kind: Literal["word", "bool", "count", "names", "pixels"]
-    """"names" is a tuple of components' names, each once; None where none are named."""
+    kind: Literal["word", "bool", "count", "names", "pixels", "share"]
+    """"names" is a tuple of components' names, each once; None where none are named. "share" is above 0, at most 1."""
     default: Any
     about: str
     choices: tuple[str, ...] = ()
@@ -45,6 +45,8 @@ class Param:
                 return {"enum": list(self.choices)}
             case "bool":
                 return {"type": "boolean"}
+            case "share":
+                return {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
             case "names":
                 return {
                     "type": "array",
@@ -71,6 +73,10 @@ class Param:
             do = "give a list of components' names, each once, such as [vae]"
             raise UsageError(f"{owner}: {self.name} cannot be {value!r}", do=do)
         is_bool = isinstance(value, bool)
+        if self.kind == "share":
+            if isinstance(value, int | float) and not is_bool and 0 < value <= 1:
+                return value
+            raise UsageError(f"{owner}: {self.name} cannot be {value!r}", do="give a number above 0, and at most 1")
         most = _MOST.get(self.kind, 0)
         if is_bool if self.kind == "bool" else isinstance(value, int) and not is_bool and 1 <= value <= most:
             return value
@@ -179,8 +185,11 @@ class Optimizer(Protocol):
     # What only some modules have (`engine.optimizers.optional`):
     #
     # apply_dry(pipe, step, context) -> None      takes the place of `apply` in a dry run
+    # not_estimated(step) -> str | None           why there is no estimate of a run with it; None: there is one
     # undo(pipe, step, context) -> None           takes back what `apply` did, its memory too; a module without it
     #                                             cannot be taken back
+    # settled(pipe, step, context) -> str         one line of what is seen to hold after a call of the pipeline: where
+    #                                             weights are then. Raises: NotApplied
     # seen(pipe, context) -> str | None           what a pipeline shows of it, whoever did it; None: nothing
     # before_start(step) -> None                  is called before CUDA starts
 

@@ -52,9 +52,17 @@ def own(vae: Any) -> dict[str, Any]:
 
     if vae not in _BY_ITSELF:
         with torch.device("meta"):
-            fresh = type(vae).from_config(vae.config)
-        _BY_ITSELF[vae] = {n: v for n, v in vars(fresh).items() if n == "use_tiling" or n.startswith("tile_")}
+            _BY_ITSELF[vae] = _numbers(type(vae).from_config(vae.config))
     return _BY_ITSELF[vae]
+
+
+def take_for_own(vae: Any) -> None:
+    """Take the switch and the numbers of a VAE, as they are, for those that it has by itself."""
+    _BY_ITSELF[vae] = _numbers(vae)
+
+
+def _numbers(vae: Any) -> dict[str, Any]:
+    return {n: v for n, v in vars(vae).items() if n == "use_tiling" or n.startswith("tile_")}
 
 
 def changed(vae: Any) -> dict[str, Any]:

@@ -36,6 +36,11 @@ def keep(pipe: Any, planned: Sequence[Step], acted: Sequence[Step], here: Contex
     _BY_PIPELINE[pipe] = Applied(planned=tuple(planned), acted=tuple(acted), here=here, components=components)
 
 
+def of(pipe: Any) -> Applied | None:
+    """Return what was applied to a pipeline; None where nothing was."""
+    return _BY_PIPELINE.get(pipe)
+
+
 def is_there(pipe: Any, planned: Sequence[Step], here: Context) -> Applied | None:
     """Return what was applied to a pipeline, where it is just these steps; None where nothing has been.
 

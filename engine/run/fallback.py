@@ -130,7 +130,7 @@ class Descent:
     def _refusal(self, now: Hardware | None) -> OutOfMemoryError:
         """Return the error that ends a run: what happened, what was seen of it each time, and what would help."""
         lost = self._lost[-1]
-        tries = [f"{world.name(each.plan)}: {each}" for each in self._lost]
+        tries = [f"{world.name(each.plan)}: {each}" for each in self._lost if each.plan.card is not None]
         so_did = f"; so did {len(tries) - 1} before it that needed more" if len(tries) > 1 else ""
         return OutOfMemoryError(lost.what + so_did, "\n       ".join([lost.why, *tries]), self._remedy(now))
 

@@ -275,6 +275,22 @@ def apply_steps(plan: Plan, pipe: Any, here: Context, told: Progress | None = No
     return apply_all(plan.optimizers, pipe, here, told, idle(plan), there=there)
 
 
+def verify_after_call(pipe: Any) -> dict[str, str]:
+    """Return what is seen to hold once a pipeline was called, by step: where its weights are then.
+
+    Nothing is seen of a pipeline to which no plan was applied. Raises: NotApplied, with the optimizer's name.
+    """
+    seen: dict[str, str] = {}
+    before = applied.of(pipe)
+    if before is None:
+        return seen
+    for step in before.acted:
+        settled = optimizers.optional(step.name, "settled")
+        if settled is not None:
+            seen[str(step)] = settled(pipe, step, before.here)
+    return seen
+
+
 def undo(plan: Plan, pipe: Any, told: Progress | None = None) -> None:
     """Take back what was done to `pipe` by this plan. Raises: as `engine.run.applied.undo`."""
     _refuse_staged(plan)

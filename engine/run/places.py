@@ -25,6 +25,8 @@ class Place(Protocol):
     """Where outputs go."""
 
     folder: Path
+    goes_on: bool
+    """Whether a run goes on there that ended before its end."""
 
     def check(self, plan: Plan, wanted: Sequence[Call]) -> None:
         """Return when all of them can be written. Raises: FileError."""
@@ -38,6 +40,9 @@ class Place(Protocol):
         One that is broken is kept under another name: a run that goes on makes it again.
         """
 
+    def path(self, item: Item) -> Path:
+        """Return where an output goes."""
+
     def held(self) -> contextlib.AbstractContextManager[None]:
         """Keep others from the place for the run. Raises: FileError, when somebody else has it."""
 
@@ -45,11 +50,16 @@ class Place(Protocol):
 class Files:
     """The file that was asked for, numbered where there are several, or new names in `outputs/`."""
 
+    goes_on = False
+
     def __init__(self, asked: Path | None, count: int, seed: int, suffix: str) -> None:
         self._is_new = asked is None
         base = _unused(FOLDER / f"{seed}{suffix}", count) if asked is None else asked
         self.paths = [base] if count == 1 else [base.with_stem(f"{base.stem}-{k}") for k in range(1, count + 1)]
         self.folder = base.parent
+
+    def path(self, item: Item) -> Path:
+        return self.paths[item.number]
 
     def check(self, plan: Plan, wanted: Sequence[Call]) -> None:
         output.check(self.paths, plan)
@@ -58,7 +68,7 @@ class Files:
         return tuple(wanted)
 
     def save(self, made: Image | Video, item: Item, plan: Plan, *, is_broken: bool = False) -> Path | None:
-        path = self.paths[item.number]
+        path = self.path(item)
         place = _of_broken(path) if is_broken else path
         return output.save(made, place, output.record(plan, item), is_new=self._is_new)
 
@@ -80,6 +90,8 @@ def _of_broken(path: Path) -> Path:
 
 class Folder:
     """A folder with an output a number and seed, as `0007-42.png`. What is there is left as it is."""
+
+    goes_on = True
 
     def __init__(self, folder: Path, count: int, suffix: str) -> None:
         self.folder, self._suffix = folder, suffix

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine import rungs
@@ -20,6 +21,7 @@ from engine.run import (
     lock,
     media,
     overflow,
+    preview,
     progress,
     reading,
     remember,
@@ -91,13 +93,15 @@ def run(
     told: Progress | None = None,
     *,
     again: Callable[[], Plan] | None = None,
+    preview_at: Callable[[Call], Path] | None = None,
     debug: bool = False,
 ) -> Iterator[Made]:
     """Load, and yield what each call gives, in their order.
 
     `again` makes the plan anew, at the first load; else it is solved anew where it does not fit any more. What is free
     is read again and taken while other starts on the card wait. When memory runs out, everything is given back and the
-    run goes on with a plan that needs less, twice at most; what was yielded is not made again.
+    run goes on with a plan that needs less, twice at most; what was yielded is not made again. `preview_at` says where
+    a call is previewed while it is made; None is nowhere.
 
     Raises: UsageError, ModelError, HardwareError, IncompatibleError, OutOfMemoryError, NothingFitsError.
     """
@@ -109,7 +113,7 @@ def run(
         try:
             with _settled(plan, told, again) as plan:
                 ready = prepared(plan, wanted[done:], told, debug=debug)
-            for made in of(plan, ready, told, done, number):
+            for made in of(plan, ready, told, done, number, preview_at):
                 yield made
                 done += 1
                 del made
@@ -128,6 +132,8 @@ def run(
 @contextlib.contextmanager
 def _settled(plan: Plan, told: Progress, again: Callable[[], Plan] | None) -> Iterator[Plan]:
     """Give the plan for what is free now, and hold the lock of its card: what is free is taken before others look."""
+    load.refuse_unfit(plan)
+    load.fetched(plan, told)  # a download may take an hour: who waits for the card does not wait for that
     if again is None:
         with lock.held(plan.card, told.say):
             now = world.current(plan, told)
@@ -174,15 +180,30 @@ def prepared(plan: Plan, wanted: Sequence[Call], told: Progress, *, debug: bool 
     return Ready(pipe=found.pipe, calls=tuple(wanted[: len(before)]), before=before)
 
 
-def of(plan: Plan, ready: Ready, told: Progress, first: int = 0, number: int | None = None) -> Iterator[Made]:
+def of(
+    plan: Plan,
+    ready: Ready,
+    told: Progress,
+    first: int = 0,
+    number: int | None = None,
+    preview_at: Callable[[Call], Path] | None = None,
+) -> Iterator[Made]:
     """Yield what each call of a pipeline that is ready gives; `first` are done of `number` in all."""
     number = len(ready.calls) if number is None else number
+    view = None if preview_at is None else preview.view(ready.pipe, told)
     for k, call in enumerate(ready.calls):
         progress.settle_pipeline(ready.pipe, told, "denoising")
-        with told.stage(_doing(call, first + k + 1, number)):
+        seen: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if view is not None and preview_at is not None:
+            asked = plan.request
+            size = None if asked.width is None or asked.height is None else (asked.width, asked.height)
+            seen = preview.shown(ready.pipe, view, preview_at(call), size, told)
+        with told.stage(_doing(call, first + k + 1, number)), seen:
             made = _called(plan, ready.pipe, call, told, ready.before[k] if ready.before else None)
         yield made
         del made
+        if k == 0:  # where hooks leave the weights is seen once a call has run
+            load.verify_after_call(ready.pipe)
 
 
 def _doing(call: Call, k: int, number: int) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,6 +90,27 @@ def test_the_denoisers_that_have_no_cache() -> None:
     with_cache = {n for n, c in small.models().items() if issubclass(c, CacheMixin)}
     denoisers = {n for n in small.models() if "Transformer" in n or "UNet" in n}
     assert denoisers - with_cache == small.listed("models-without-a-cache")
+
+
+def _classes(folder: str) -> Iterator[ast.ClassDef]:
+    import diffusers
+
+    for path in (Path(diffusers.__file__).parent / folder).rglob("*.py"):
+        yield from (n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef))
+
+
+@pytest.mark.rule("pipelines-that-name-no-call")
+def test_the_pipelines_that_do_not_name_the_call_of_a_cache() -> None:
+    cached = {c.name for c in _classes("models") if any(ast.unparse(b) == "CacheMixin" for b in c.bases)}
+    nameless = set()
+    for cls in _classes("pipelines"):
+        own = {n.name: n for n in cls.body if isinstance(n, ast.FunctionDef)}
+        if not {"__init__", "__call__"} <= set(own) or "cache_context" in ast.unparse(own["__call__"]):
+            continue
+        taken = [a.annotation for a in own["__init__"].args.args if a.arg in ("transformer", "transformer_2", "unet")]
+        if any(name in ast.unparse(kind) for kind in taken if kind is not None for name in cached):
+            nameless.add(cls.name)
+    assert nameless == small.listed("pipelines-that-name-no-call")
 
 
 @pytest.mark.rule("faster-cache-computes-its-first-step")
