@@ -40,6 +40,7 @@ QUICK_FIRST = (
 """The architectures, by how long a call takes."""
 LEFT_OUT = {
     "allocator": "it acts on CUDA's own allocator",
+    "compile": "its compiler makes kernels for a card or a CPU, and none for the counted device",
     "tf32": "it acts on the products of a card alone",
     "xdit": "it needs several cards, and this version does not start it",
 }
@@ -174,6 +175,7 @@ def plain(case: Case) -> Case:
 
 SUMS = {
     "attention_backend": "another kernel takes its sums in another order",
+    "channels_last": "a convolution in another layout is another kernel, with sums in another order",
     "fuse_qkv": "three products become one, whose sums the CPU's library may take in another order",
     "vae_slicing": "convolutions of one picture and of a batch take their sums in another order",
 }
