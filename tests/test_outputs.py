@@ -53,17 +53,17 @@ def test_a_tile_that_holds_the_picture_changes_nothing(architecture: str) -> Non
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_cast_to_the_precision_that_is_there_changes_nothing(dtype: str) -> None:
     """Not a weight, not an allocation, not a bit of the picture."""
-    cell = effects.cell("ltx", f"layerwise_casting, {dtype} to {dtype}")
+    cell = effects.cell("qwen_image", f"layerwise_casting, {dtype} to {dtype}")
     assert (cell.told, cell.rules, cell.seen) == (NOTHING, (f"casting-{dtype}-to-itself",), NOTHING)
 
 
 @pytest.mark.rule("casting-from-bfloat16-to-float16", "casting-from-float16-to-bfloat16")
 @pytest.mark.parametrize(("dtype", "storage"), [("bfloat16", "float16"), ("float16", "bfloat16")])
 def test_a_cast_to_as_many_bytes_saves_none(dtype: str, storage: str) -> None:
-    case = effects.case_of("ltx", f"layerwise_casting, {dtype} to {storage}")
+    case = effects.case_of("qwen_image", f"layerwise_casting, {dtype} to {storage}")
     assert f"casting-from-{dtype}-to-{storage}" in {f.rule.id for f in outputs.findings(case)}
     assert executed(case).peak_bytes >= executed(dataclasses.replace(case, steps=())).peak_bytes
-    assert effects.cell("ltx", f"layerwise_casting, {dtype} to {storage}").seen == APPLIED
+    assert effects.cell("qwen_image", f"layerwise_casting, {dtype} to {storage}").seen == APPLIED
 
 
 def test_the_table_of_the_docs_is_what_was_executed_and_was_foretold() -> None:

@@ -133,7 +133,7 @@ def main() -> int:
         kept = {(c.way, c.architecture): c for c in cells}
         todo = [key for key in todo if not (options.missing and key in kept)]
         # One architecture after the other: what is plain of it is executed once.
-        todo.sort(key=lambda key: outputs.QUICK_FIRST.index(key[1]))  # what is plain of one is executed once
+        todo.sort(key=lambda key: outputs.QUICK_FIRST.index(key[1]))
         for cell in many.each(made, todo, options.jobs):
             print(
                 "" if cell.agrees else "NOT FORETOLD",

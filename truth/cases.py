@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -182,9 +182,19 @@ def usual_call(name: str) -> FrozenDict:
     return FrozenDict(pipelines.made(name)[1])
 
 
-def batch_argument(name: str) -> str:
-    """Return what an architecture's call takes for how many it draws of a prompt."""
-    return "num_videos_per_prompt" if "num_frames" in usual_call(name) else "num_images_per_prompt"
+def several(name: str, count: int) -> dict[str, Any]:
+    """Return the arguments with which an architecture draws so many: pictures of one prompt, or a video of each.
+
+    Some pipelines overwrite `num_videos_per_prompt` by 1 (CogVideoX).
+    """
+    usual = usual_call(name)
+    return {"prompt": [usual["prompt"]] * count} if "num_frames" in usual else {"num_images_per_prompt": count}
+
+
+def drawn_at_once(call: Mapping[str, Any]) -> int:
+    """Return how many a call draws."""
+    prompts = call["prompt"]
+    return (len(prompts) if isinstance(prompts, list) else 1) * int(call.get("num_images_per_prompt", 1))
 
 
 def _sizes(name: str, draw: random.Random) -> FrozenDict:

@@ -61,11 +61,11 @@ class Cell:
         """Whether what was said before the run is what came.
 
         A step of which a rule says that it does nothing is passed over where it cannot act: both are "no effect". What
-        a rule refuses may well fail.
+        a rule refuses may fail, or be too small a picture to show why.
         """
         if self.told == NOTHING:
             return self.seen in (NOTHING, REFUSED)
-        return self.seen in (REFUSED, FAILED) if self.told == REFUSED else self.seen == self.told
+        return self.seen != APPLIED if self.told == REFUSED else self.seen == self.told
 
 
 def ways() -> tuple[str, ...]:
@@ -83,7 +83,9 @@ def case_of(architecture: str, name: str) -> Case:
     A cast is "layerwise_casting, DTYPE to DTYPE".
     """
     case = _case_of(architecture, name)
-    return dataclasses.replace(case, call=FrozenDict(dict(case.call) | {"num_inference_steps": 1}))
+    return dataclasses.replace(
+        case, call=FrozenDict(dict(case.call) | {"num_inference_steps": outputs.fewest_steps(architecture)})
+    )
 
 
 def _case_of(architecture: str, name: str) -> Case:

@@ -40,8 +40,7 @@ QUICK_FIRST = (
 """The architectures, by how long a call takes."""
 LEFT_OUT = {
     "allocator": "it acts on CUDA's own allocator",
-    "cache": "how much it skips depends on the picture (tests/test_cache.py executes it)",
-    "compile": "torch compiles for cards and CPUs, not for the counted device (tests/test_compile.py executes it)",
+    "compile": "its compiler makes kernels for a card or a CPU, and none for the counted device",
     "tf32": "it acts on the products of a card alone",
     "xdit": "it needs several cards, and this version does not start it",
 }
@@ -88,7 +87,7 @@ def case_of(architecture: str, *names: str) -> Case:
         steps = tuple(_step("vae_tiling", tile=tile) if s.name == "vae_tiling" else s for s in steps)
         call |= sizes
     if any(s.name == "vae_slicing" for s in steps):
-        call |= {cases.batch_argument(architecture): 2}
+        call |= cases.several(architecture, 2)
     dtype = next((str(s.params["value"]) for s in steps if s.name == "dtype"), "float32")
     return Case(architecture=architecture, steps=optimizers.in_order(steps), dtype=dtype, call=FrozenDict(call))
 
@@ -133,12 +132,18 @@ def few() -> list[Case]:
                 break
     seen = {c.architecture for c in found}
     found += [case_of(n, "group_offload, leaf, streamed") for n in pipelines.ALL if n not in seen]
-    return [dataclasses.replace(c, call=FrozenDict({**c.call, **_fewest(c.architecture)})) for c in found]
+    return [
+        dataclasses.replace(c, call=FrozenDict({**c.call, "num_inference_steps": fewest_steps(c.architecture)}))
+        for c in found
+    ]
 
 
-def _fewest(architecture: str) -> dict[str, int]:
-    """Return the arguments of a call that denoises once; a part of its steps are left out where a picture goes in."""
-    return {"num_inference_steps": 2 if "strength" in cases.usual_call(architecture) else 1}
+def fewest_steps(architecture: str) -> int:
+    """Return how few denoising steps a call can have.
+
+    Where a picture goes in, a part of them is left out; and the schedule of Mochi is made of two stretches.
+    """
+    return 2 if architecture == "mochi" or "strength" in cases.usual_call(architecture) else 1
 
 
 def is_permitted(case: Case) -> bool:
@@ -151,7 +156,7 @@ def findings(case: Case) -> tuple[compat.Finding, ...]:
     usual = dict(cases.usual_call(case.architecture)) | dict(case.call)
     facts = compat.Facts(
         device="cuda",
-        batch=usual.get(cases.batch_argument(case.architecture), 1),
+        batch=cases.drawn_at_once(usual),
         height=usual.get("height"),
         width=usual.get("width"),
         prompts_known=True,
@@ -170,6 +175,7 @@ def plain(case: Case) -> Case:
 
 SUMS = {
     "attention_backend": "another kernel takes its sums in another order",
+    "channels_last": "a convolution in another layout is another kernel, with sums in another order",
     "fuse_qkv": "three products become one, whose sums the CPU's library may take in another order",
     "vae_slicing": "convolutions of one picture and of a batch take their sums in another order",
 }
