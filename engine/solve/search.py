@@ -37,7 +37,7 @@ def choose(situation: Situation, profiles: Sequence[Profile]) -> Decision:
 
     Raises: IncompatibleError, when what was required contradicts itself.
     """
-    rules = Rules(situation)
+    rules = Rules.under(situation)
     _refuse_contradiction(situation, rules)
     spaces: _Spaces | None = None
     rejected: list[Rejection] = []
