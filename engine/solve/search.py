@@ -134,7 +134,10 @@ def _refuse_contradiction(situation: Situation, rules: Rules) -> None:
         raise IncompatibleError(
             f"{listing(both)} cannot be required and forbidden", "both were asked for", "drop one of the two"
         )
-    broken = [f for f in rules.of(optimizers.in_order(request.require)).findings if f.breaks]
+    if not request.require:
+        return
+    # What the model itself needs (no subjects) may be in the profiles.
+    broken = [f for f in rules.of(optimizers.in_order(request.require)).findings if f.breaks and f.subjects]
     if broken:
         raise compat.refusal(broken)
 
