@@ -50,7 +50,7 @@ def choose(situation: Situation, profiles: Sequence[Profile]) -> Decision:
         spaces = spaces or _Spaces(situation, rules)
         for candidate, ruled_out in spaces.of(profile):
             # What happened is asked anew each time: it depends on what is free, and rules do not.
-            reason = ruled_out or judge.remembered(candidate, situation)
+            reason = ruled_out or (judge.remembered(candidate, situation) if situation.ran_out else None)
             if reason is not None:
                 rejected.append(reason.of(profile))
             elif candidate.key in runs:
