@@ -209,6 +209,15 @@ def test_a_card_without_rates_has_bytes_and_no_seconds() -> None:
     assert all(p.seconds is None for p in taken.phases)
 
 
+def test_what_is_loaded_between_the_stages_of_a_run_is_loading() -> None:
+    """On an H100 a call of a staged run took 0.36 s, and 1.9 s of loading were counted to it."""
+    whole_run, staged = (plan(*listed).estimate for listed in (("resident",), ("staged_encoding", "resident")))
+    assert whole_run.seconds is not None and staged.seconds == pytest.approx(whole_run.seconds, abs=0.002)
+    assert whole_run.load_seconds is not None and staged.load_seconds == pytest.approx(whole_run.load_seconds)
+    times = {p.name: p.seconds for p in staged.phases}
+    assert (times["load"], times["load.2"]) == (None, None)
+
+
 @given(toys.traces(), st.sampled_from(PLACEMENTS), st.booleans())
 def test_any_estimate_lies_in_its_interval_and_needs_no_more_than_it_takes(
     trace: Trace, placement: str, is_cast: bool

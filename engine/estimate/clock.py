@@ -21,7 +21,7 @@ from typing import Any
 from engine import gpus
 from engine.calibration import Calibration
 from engine.estimate import workspaces
-from engine.estimate.placements import DROP, EMPTY, FETCH, LOAD, PIN, STORE, WAIT, Placement, SequentialOffload
+from engine.estimate.placements import DROP, EMPTY, FETCH, LOAD, PIN, STAGE, STORE, WAIT, Placement, SequentialOffload
 from engine.estimate.trace import BEGIN, END, KIND_BITS, KIND_MASK, NAMED, PHASE, STEP, WORK, Trace, Work
 from engine.gpus import Rates
 from engine.values import FrozenDict, Gpu
@@ -334,6 +334,7 @@ def phases(trace: Trace, make: Callable[[], Placement], speed: Speeds, steps: in
     began = 0.0
     traced: list[tuple[int, float]] = []  # the phase a step is in, and how long it took there
     ended = 0.0
+    is_loading = False
 
     def now() -> float:
         return max(host, device)
@@ -365,7 +366,11 @@ def phases(trace: Trace, make: Callable[[], Placement], speed: Speeds, steps: in
                 device = max(device, host) + moved / speed.memory_bytes_per_s
             for move in moves:
                 size = placement.bytes_of(move.slots)
-                if move.verb == LOAD:
+                if move.verb == STAGE:
+                    is_loading = not is_loading
+                elif move.verb == LOAD:
+                    if is_loading:  # between the stages of a run: it is among the seconds of loading
+                        continue
                     host = device = now() + size / speed.to_device_bytes_per_s
                     if is_sequential:
                         host = device = now() + speed.tensor_fetch_s * len(move.slots)

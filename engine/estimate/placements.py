@@ -139,6 +139,10 @@ class Placement:
         """Return the slots that are on the device before the call, and stay."""
         return ()
 
+    def loaded(self) -> tuple[int, ...]:
+        """Return the slots that loading brings to the device, between the stages of a run too."""
+        return self.resident()
+
     def pinned(self) -> tuple[int, ...]:
         """Return the slots of which the host holds a pinned copy for good."""
         return ()
@@ -507,6 +511,9 @@ class StagedEncoding(Placement):
         if not self.encoders:
             return self.rest.resident()
         return tuple(dict.fromkeys(s for slots in self.encoders.values() for s in slots))
+
+    def loaded(self) -> tuple[int, ...]:
+        return (*self.resident(), *self.rest.resident()) if self.encoders else self.rest.resident()
 
     def lets_go(self, component: str) -> bool:
         return component in self.encoders or self.rest.lets_go(component)

@@ -126,7 +126,7 @@ def estimate(
     by_host = {h: clock.speeds(gpu, h, calibration, tf32=is_tf32) for h in ("low", "value", "high")}
     seconds = _seconds(along, make, by_host, along.usual_steps if denoising_steps is None else denoising_steps)
     placement = make()
-    at_rest = placement.bytes_of(placement.resident())
+    at_rest = placement.bytes_of(placement.loaded())
     usual_speed = by_host["value"]
     low, high = _range(along, make, (capability, units), reserved.peak_allocated_bytes)
     if trace.basis == "component":
