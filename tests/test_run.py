@@ -360,6 +360,7 @@ def test_the_chosen_card_is_made_visible_by_its_uuid(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr(device, "_check", lambda uuid: None)
+    monkeypatch.setattr(device, "_cap", lambda plan: None)
     plan = engine.resolve(gpu=1, hardware=machine(card(20), card(20, index=1)))
     device.choose(plan)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-00000000-0000-0000-0000-000000000001"

@@ -80,7 +80,7 @@ def test_what_is_short_is_counted_in_bytes(free: float) -> None:
 def test_what_is_required_is_in_the_plan_and_in_order(required: set[str]) -> None:
     if required >= {"fuse_qkv", "attention_slicing"}:
         required -= {"fuse_qkv"}  # they exclude each other
-    plan = engine.resolve(require=sorted(required), prompts_known=True, hardware=machine(card(12)))
+    plan = engine.resolve(require=sorted(required), quality="lossy", prompts_known=True, hardware=machine(card(12)))
     names = [s.name for s in plan.optimizers]
     assert required <= set(names)
     assert plan.optimizers == optimizers.in_order(plan.optimizers)

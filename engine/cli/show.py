@@ -24,15 +24,20 @@ examples:
 """
 
 
-def run(argv: list[str]) -> int:
-    """Print what a file says of itself. Returns the exit code."""
-    parser = options.Parser(
+def parser() -> options.Parser:
+    """Return the parser of `dg-run show`."""
+    made = options.Parser(
         "dg-run show", "Show what an output of dg-run was made with.", usage="dg-run show FILE", epilog=EXAMPLES
     )
-    parser.add_argument("file", type=Path, metavar="FILE", help="a picture or a video that dg-run made")
-    parser.add_argument("--json", action="store_true", help="as JSON")
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    given = parser.read(argv)
+    made.add_argument("file", type=Path, metavar="FILE", help="a picture or a video that dg-run made")
+    made.add_argument("--json", action="store_true", help="print it as JSON")
+    made.add_argument("--debug", action="store_true", help="show tracebacks")
+    return made
+
+
+def run(argv: list[str]) -> int:
+    """Print what a file says of itself. Returns the exit code."""
+    given = parser().read(argv)
     from engine.run import like
 
     found = like.read(given.file)
