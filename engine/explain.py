@@ -159,9 +159,12 @@ def picture(plan: Plan) -> str:
         f"{asked.frames} frames" if asked.frames else "",
         f"batch of {asked.batch}" if asked.batch > 1 else "",
     ]
-    parts += [f"{asked.steps} steps" if asked.steps else "the pipeline's own number of steps"]
+    steps = "1 step" if asked.steps == 1 else f"{asked.steps} steps"
+    parts += [steps if asked.steps else "the pipeline's own number of steps"]
     parts += [f"guidance {asked.guidance:g}"] if asked.guidance is not None else []
-    parts += [f"{k} {v!r}" for k, v in asked.call.items()]
+    begun = asked.call.get("image")
+    parts += [f"from a picture of {begun['width']} x {begun['height']}"] if begun is not None else []
+    parts += [f"{k} {v!r}" for k, v in asked.call.items() if k != "image"]
     return ", ".join(p for p in parts if p)
 
 

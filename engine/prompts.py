@@ -10,7 +10,8 @@ from typing import Any
 
 from engine.documents import DocumentError, read_text
 from engine.errors import FileError, UsageError
-from engine.words import did_you_mean
+from engine.units import format_size
+from engine.words import did_you_mean, shown
 
 MAX_SEED = 2**32 - 1
 MAX_IMAGES = 100_000
@@ -29,11 +30,15 @@ class Prompt:
     num_images: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.text, str) or not self.text.strip():
+        if not isinstance(self.text, str):
+            raise UsageError(f"the prompt is {shown(self.text)}", "it must be text", _EMPTY_DO)
+        if not self.text.strip():
             raise UsageError("the prompt is empty", do=_EMPTY_DO)
         if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
             raise UsageError(f"the negative prompt is {self.negative_prompt!r}", "it must be text")
         for text in (self.text, self.negative_prompt or ""):
+            if "\0" in text:
+                raise UsageError("the prompt has a NUL (U+0000)", "files of videos end a text there", "leave it out")
             if any("\ud800" <= c <= "\udfff" for c in text):
                 raise UsageError("the prompt has half a character (a surrogate)", do="write it in UTF-8")
         check_seed(self.seed)
@@ -61,6 +66,8 @@ def of(given: str | Prompt | Mapping[str, Any] | Iterable[str | Prompt | Mapping
 
     Raises: UsageError.
     """
+    if not isinstance(given, Iterable):
+        raise UsageError(f"the prompts are {shown(given)}", "they must be texts, or objects with a prompt", _EMPTY_DO)
     several = [given] if isinstance(given, str | Prompt | Mapping) else list(given)
     if not several:
         raise UsageError("the prompt is empty", "there is none", _EMPTY_DO)
@@ -100,7 +107,9 @@ def read(path: Path) -> tuple[Prompt, ...]:
             raise FileError(f"{path} cannot be read", "it is not a file", "give a file of prompts")
         text = read_text(path, MAX_FILE_BYTES)
     except DocumentError as error:
-        raise error.told(FileError, "these prompts cannot be read") from None
+        told = error.told(FileError, "these prompts cannot be read")
+        do = f"write them as UTF-8, at most {format_size(MAX_FILE_BYTES)} of them"
+        raise FileError(told.what, told.why, told.do or do) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         why = str(getattr(error, "strerror", None) or error)
         raise FileError(f"{path} cannot be read", why, "give a file of prompts") from None
@@ -117,7 +126,7 @@ def _line(path: Path, number: int, line: str, *, is_text: bool) -> Prompt:
     try:
         if is_text:
             return Prompt(text=line)
-        value = json.loads(line, parse_constant=_no_constant)
+        value = json.loads(line, parse_constant=_no_constant, object_pairs_hook=_once_each)
         if not isinstance(value, dict):
             raise ValueError("it is not an object")
         return _of_object(value)
@@ -127,6 +136,14 @@ def _line(path: Path, number: int, line: str, *, is_text: bool) -> Prompt:
         raise FileError(
             f"{path}:{number}: this is not a prompt as JSON", str(error), 'write {"prompt": "…"}, one a line'
         ) from None
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(k for k in found if sum(k == other for other, _ in pairs) > 1)
+        raise ValueError(f"it has {twice!r} twice")
+    return found
 
 
 def _no_constant(name: str) -> None:

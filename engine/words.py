@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 # Longer than this is no misspelt word, and comparing it takes time.
 _LONGEST = 100
+# Control characters, and those that turn the direction of what follows. Others that Python does not call printable
+# (spaces of other scripts, joiners) are part of what people write.
+_UNPRINTABLE = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069]")
 
 
 def nearest(word: str, known: Iterable[str], count: int = 1) -> list[str]:
@@ -32,6 +36,11 @@ def listing(words: Iterable[str], last: str = "and") -> str:
     if len(items) < 2:
         return "".join(items)
     return f"{', '.join(items[:-1])} {last} {items[-1]}"
+
+
+def printable(text: str) -> str:
+    """Return a text as a terminal may be given it: what would move its cursor or change its title is written out."""
+    return _UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def shown(value: object, most: int = 60) -> str:

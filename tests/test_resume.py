@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import engine
 from engine import cli, prompts
 from engine.run import items, media, runner
 from tests.conftest import write
@@ -30,7 +32,6 @@ FAST = ["--device", "cpu", "--num_inference_steps", "1"]
 @pytest.fixture(scope="module")
 def embedded() -> Any:
     """The embedded pipeline, loaded once for the module."""
-    import engine
     from engine.run import load
 
     return load.load(engine.resolve(device="cpu"))
@@ -169,7 +170,7 @@ def test_an_output_is_shown_and_made_again(capsys: pytest.CaptureFixture[str], t
     _, (path,), _ = run(capsys, "--prompt", "a red circle", "--seed", "5", "--height", "64", "--width", "96")
     assert cli.main(["show", path]) == 0
     out = capsys.readouterr().out
-    for part in ("a red circle", "seed       5", "96 x 64, 1 steps", "profile cpu", "torch 2", f"dg-run --like {path}"):
+    for part in ("a red circle", "seed       5", "96 x 64, 1 step,", "profile cpu", "torch 2", f"dg-run --like {path}"):
         assert part in out
     assert cli.main(["show", path, "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -187,6 +188,56 @@ def test_an_output_is_shown_and_made_again(capsys: pytest.CaptureFixture[str], t
 def shown_one(path: str) -> tuple[bytes, str]:
     with Image.open(path) as picture:
         return picture.tobytes(), media.read_record(Path(path))["item"]
+
+
+def test_what_a_file_says_does_not_reach_the_terminal_as_it_is(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path, plan = tmp_path / "x.png", engine.resolve(device="cpu").to_json()
+    said = {"dg-run": plan, "prompt": "a \x1b]0;red\x07 circle\non 青い\u3000背景", "seed": "1", "image": "\x9b2J"}
+    media.write(Image.new("RGB", (8, 8)), path, said)
+    assert cli.main(["show", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "a \\x1b]0;red\\x07 circle\n             on 青い\u3000背景\n" in out
+    assert not {"\x1b", "\x07", "\x9b"} & set(out)
+    for wrong in ({"prompt": " "}, {"seed": "-1"}, {"seed": "9" * 5_000}):
+        media.write(Image.new("RGB", (8, 8)), path, said | wrong)
+        assert cli.main(["show", str(path)]) == 8
+        assert "does not say what it was made with" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("loaded", "no_card")
+def test_when_the_folder_takes_no_more_each_output_of_a_call_is_kept(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, spare = media.write, tmp_path / "spare"
+    spare.mkdir()
+
+    def full(output: Any, path: Path, record: dict[str, str]) -> None:
+        if path.parent == Path("out"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(output, path, record)
+
+    monkeypatch.setattr(media, "write", full)
+    monkeypatch.setattr("tempfile.tempdir", str(spare))
+    code, out, err = run(capsys, "--prompt", "a red circle", "--batch_size", "3", "--seed", "5", "--output", "out/")
+    assert (code, out) == (8, [])
+    kept = re.findall(r"it was kept: (\S+\.png)", err)
+    assert sorted(media.read_record(Path(k))["seed"] for k in kept) == ["5", "6", "7"]
+
+
+@pytest.mark.usefixtures("loaded", "no_card")
+def test_what_a_killed_run_was_writing_is_gone_after_the_next(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    left = [".0001-5.png.01234567.tmp", ".0002-6.broken.png.89abcdef.tmp", "0001-5.preview.png"]
+    others = [".0001-5.png.tmp", ".notes.tmp", "preview.png"]
+    for name in (*left, *others):
+        (folder / name).write_bytes(b"x")
+    assert run(capsys, "--prompt", "a red circle", "--seed", "5", "--output", "out/")[0] == 0
+    assert sorted(f.name for f in folder.iterdir()) == sorted([*others, "0001-5.png", "dg-run.jsonl"])
 
 
 @pytest.mark.usefixtures("loaded", "no_card")
@@ -286,6 +337,30 @@ def test_fifty_prompts_killed_at_random_moments_are_finished_whole(tmp_path: Pat
     ended = killed(tmp_path, 50, 12, 6.0, seed=random.SystemRandom().randrange(2**31))
     assert len(ended) >= 4, "it was killed three times at the least"
     held_to_a_plain_run(tmp_path, 50)
+
+
+_STARTED = """\
+import signal, sys
+from engine.cli import main
+
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print("torch is started", signal.getsignal(signal.SIGTERM).__qualname__)
+            raise SystemExit(0)
+
+sys.meta_path.insert(0, Watch())
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("more", [[], ["--require", "staged_encoding"]])
+def test_torch_is_started_where_signals_are_held_back(tmp_path: Path, more: list[str]) -> None:
+    """A signal within its start ends the process by `terminate`, or as if nobody had caught it."""
+    command = [sys.executable, "-c", _STARTED, "--auto", *FAST, "--prompt", "a red circle", *more]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    out = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60).stdout
+    assert out == "torch is started held_back.<locals>.remember\n"
 
 
 def test_sigterm_ends_a_run_as_ctrl_c_does(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -428,3 +429,32 @@ def test_every_component_is_told_with_its_bytes_as_it_is_loaded() -> None:
     for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
         (line,) = [line for line in told.lines if line.startswith(f"  {name}: ")]
         assert re.fullmatch(rf"  {name}: [\d.]+ [KM]iB in [\d.]+ m?s", line), line
+
+
+def test_weights_that_no_file_holds_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(Path(engine.__file__).parent / "embedded" / "tiny-flux", folder)
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    weights = load_file(file)
+    del weights["x_embedder.bias"]
+    save_file(weights, file)
+    with pytest.raises(ModelError, match=r"files of transformer lack 1 of its weights, such as x_embedder\.bias"):
+        engine.resolve(str(folder), device="cpu").load()
+
+
+def test_models_are_made_one_after_another_in_a_process() -> None:
+    """Two at once would leave torch's `Module.register_parameter` as accelerate sets it meanwhile: on meta for good."""
+    plan, entered = plan_for(), threading.Event()
+
+    def second() -> None:
+        with load.opened(plan, Quiet()):
+            entered.set()
+
+    other = threading.Thread(target=second)
+    with load.opened(plan, Quiet()):
+        other.start()
+        assert not entered.wait(0.3)
+    other.join(30)
+    assert entered.is_set()

@@ -13,7 +13,7 @@ from importlib import import_module
 
 from engine.cli.options import COMMANDS
 from engine.errors import INTERRUPTED_EXIT_CODE, DgRunError, UsageError
-from engine.words import did_you_mean
+from engine.words import did_you_mean, printable
 
 INTERNAL_ERROR = 1
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DgRunError as error:
         if "--debug" in arguments:
             raise
-        print(f"dg-run: {error}", file=sys.stderr)
+        print(f"dg-run: {printable(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("\ndg-run: interrupted; no unfinished file is left", file=sys.stderr)
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in arguments:
             raise
         print(
-            f"dg-run: an internal error: {type(error).__name__}: {error}\n"
+            f"dg-run: an internal error: {type(error).__name__}: {printable(str(error))}\n"
             "  why: this is a mistake in dg-run, not in what you asked for\n"
             "  do:  run again with --debug, and report what it prints",
             file=sys.stderr,

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import engine
 from engine import arguments, cards, pictures, prompts
 from engine.cli import options
-from engine.errors import UsageError
+from engine.errors import FileError, UsageError
 from engine.pictures import Picture
 from engine.plan import Plan
 from engine.prompts import Prompt
 from engine.units import format_size
 from engine.values import Note, Request
-from engine.words import listing
+from engine.words import listing, printable
 
 if TYPE_CHECKING:
     from engine.run.items import Call
@@ -191,7 +191,7 @@ def _like(given: argparse.Namespace) -> int:
 
 
 def _tell(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def _forced(plan: Plan) -> Plan:
@@ -226,6 +226,8 @@ def _draw(planned: Callable[[], Plan], job: Job) -> int:
     plan = planned()
     load.refuse_unfit(plan)
     calls.refuse_missing(plan.request, job.picture)
+    if job.picture is not None and not any(n.kind == "image" for n in plan.notes):  # a lock's is another picture
+        _tell(f"note: {pictures.told(job.picture, plan.request.call['image'])}")
     found = _placed(plan, job, told)
     with found.place.held():
         missing = found.place.missing(plan, found.calls)
@@ -255,12 +257,20 @@ def _make(
     peak_bytes = predicted_bytes = fault = None
     shown = preview_at if job.preview else None
     for made in runner.run(plan, wanted, told, again=again, preview_at=shown, debug=job.debug):
+        lost: list[FileError] = []
         for item, output in made.each():
-            if (path := into.place.save(output, item, made.plan, is_broken=made.is_broken(item))) is None:
+            try:
+                path = into.place.save(output, item, made.plan, is_broken=made.is_broken(item))
+            except FileError as error:  # each of those beside it may be kept yet
+                lost.append(error)
+                continue
+            if path is None:
                 continue
             into.journal.add(made, item, path)
             told.say(f"seed {item.seed}, plan {made.plan.digest[:14]}")
             print(path, flush=True)
+        if lost:
+            raise FileError(lost[0].what, lost[0].why, "; ".join(dict.fromkeys(e.do for e in lost)))
         fault = made.fault or fault
         if made.peak_bytes is not None:
             peak_bytes = max(made.peak_bytes, peak_bytes or 0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -74,7 +75,7 @@ class Parser(argparse.ArgumentParser):
         return {flags[w]: w for w in said if w in flags}
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{self.prog}: {message}", do=f"`{self.prog} --help` shows how it is written")
+        raise UsageError(message, do=f"`{self.prog} --help` shows how it is written")
 
 
 def alone(options: argparse.Namespace, owner: str, beside: Collection[str], why: str) -> None:
@@ -105,9 +106,12 @@ def whole(text: str) -> int:
 def number(text: str) -> float:
     """Return a number, for argparse."""
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
 
 
 def add_job(parser: Parser) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine import optimizers
 from engine.cli import options
 from engine.units import format_seconds, format_size
+from engine.words import listing, printable
 
 if TYPE_CHECKING:
     from engine.run.like import Found
@@ -54,7 +56,7 @@ def _text(path: Path, found: Found) -> str:
     sizes = [
         None if asked.height is None else f"{asked.width} x {asked.height}",
         None if asked.frames is None else f"{asked.frames} frames",
-        None if asked.steps is None else f"{asked.steps} steps",
+        None if asked.steps is None else "1 step" if asked.steps == 1 else f"{asked.steps} steps",
         None if asked.guidance is None else f"guidance {asked.guidance:g}",
         *(f"{k}={v}" for k, v in asked.call.items() if k not in ("negative_prompt", "image")),
     ]
@@ -72,6 +74,7 @@ def _text(path: Path, found: Found) -> str:
         "image": found.image and f"sha256:{found.image[:12]}",
         "seed": str(found.prompt.seed),
         "model": asked.model + (f" at {asked.revision}" if asked.revision else ""),
+        "LoRA": listing(f"{Path(lora.path).name} at {lora.weight:g}" for lora in asked.loras),
         "size": ", ".join(filter(None, sizes)),
         "plan": f"{plan.digest[:14]}, profile {profile}",
         "optimizers": "; ".join(map(optimizers.short, plan.optimizers)),
@@ -79,6 +82,10 @@ def _text(path: Path, found: Found) -> str:
         "predicted": ", ".join(filter(None, predicted)) or None,
         "versions": ", ".join(f"{n} {v}" for n, v in plan.versions.items() if v is not None),
     }
-    told = [f"{path}"] + [f"  {name:<11}{text}" for name, text in lines.items() if text]
+    told = [f"{path}"] + [_row(name, text) for name, text in lines.items() if text]
     beside = " --image FILE" if found.image else ""
-    return "\n".join([*told, "", f"make it again: dg-run --like {path}{beside}"])
+    return printable("\n".join([*told, "", f"make it again: dg-run --like {shlex.quote(str(path))}{beside}"]))
+
+
+def _row(name: str, text: str) -> str:
+    return f"  {name:<11}" + f"\n{'':<13}".join(text.splitlines())

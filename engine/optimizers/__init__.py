@@ -42,7 +42,11 @@ NAMES = _MODULES
 def get(name: str) -> Optimizer:
     """Return an optimizer by name. Raises: UsageError, offering the nearest name."""
     if name not in _MODULES:
-        raise UsageError(f"there is no optimizer {name!r}", do=did_you_mean(name, NAMES))
+        raise UsageError(
+            f"there is no optimizer {name!r}",
+            f"there are {listing(NAMES)}",
+            did_you_mean(name, NAMES) or "name one of them",
+        )
     return cast(Optimizer, import_module(f"engine.optimizers.{name}"))
 
 

@@ -88,11 +88,13 @@ def refusing(pipe: Any) -> Iterator[None]:
 @contextlib.contextmanager
 def within(doing: str, do: str = "take a more frugal profile (`dg-run profiles list`)") -> Iterator[None]:
     """Say what was being done when the device ran out of memory. Raises: OutOfMemoryError."""
-    import torch
-
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        import torch  # which may not be there before: where it is started, signals are held back
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
         raise OutOfMemoryError(f"the device ran out of memory while {doing}", str(error).splitlines()[0], do) from error
     except OutOfMemoryError as error:
         raise OutOfMemoryError(f"the device ran out of memory while {doing}", error.why, error.do or do) from error

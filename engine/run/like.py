@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine import lock
-from engine.errors import FileError
+from engine.errors import FileError, UsageError
 from engine.lock import Lock
 from engine.plan import Plan
 from engine.prompts import Prompt
@@ -40,8 +40,12 @@ def read(path: str | os.PathLike[str]) -> Found:
     except (KeyError, ValueError):
         raise FileError(f"{where} does not say what it was made with", "its record is not dg-run's", _DO) from None
     plan = Plan.from_json(plan_text, f"the plan in {where}")
+    try:
+        own = Prompt(text=prompt, negative_prompt=said.get("negative_prompt"), seed=seed)
+    except UsageError as error:
+        raise FileError(f"{where} does not say what it was made with: {error.what}", error.why, _DO) from None
     return Found(
-        prompt=Prompt(text=prompt, negative_prompt=said.get("negative_prompt"), seed=seed),
+        prompt=own,
         plan=plan,
         image=said.get("image"),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -22,6 +23,9 @@ from engine.run.progress import Progress, Quiet
 from engine.values import Rejection, Step
 
 _MOST_TOLD = 3
+# While a model is made, accelerate 1.15 (big_modeling.py, init_on_device) has torch's own `Module.register_parameter`
+# exchanged, for the whole process: of two threads that load at once, one would leave it so for good.
+_LOADING = threading.RLock()
 _OF_MEMORY = ("estimate.", "remembered.")
 
 
@@ -77,7 +81,7 @@ def opened(plan: Plan, told: Progress, *, debug: bool = False) -> Iterator[Sourc
     Raises: ModelError, HardwareError, FileError.
     """
     files = fetched(plan, told)
-    with lock.held(plan.card, told.say):
+    with lock.held(plan.card, told.say), _LOADING:
         with told.stage("starting torch and diffusers"), interrupt.held_back():
             _before_start(plan)
             device.choose(plan)
@@ -162,7 +166,7 @@ def _from_pretrained(plan: Plan, files: Local, given: Mapping[str, Any], other_c
         arguments["variant"] = files.variant
     arguments |= dict(given) | dict(plan.request.components)  # None: not loaded
     try:
-        return made_by.from_pretrained(
+        pipe = made_by.from_pretrained(
             files.folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, **arguments
         )
     except torch.OutOfMemoryError as error:
@@ -179,6 +183,21 @@ def _from_pretrained(plan: Plan, files: Local, given: Mapping[str, Any], other_c
             " ".join(str(error).split())[:400] or type(error).__name__,
             "check the directory or download it again; --debug shows the libraries' own words",
         ) from error
+    _refuse_empty(plan, pipe, given)
+    return pipe
+
+
+def _refuse_empty(plan: Plan, pipe: Any, given: Collection[str]) -> None:
+    """Refuse weights that no file held, which diffusers 0.42 leaves on meta with a notice. Raises: ModelError."""
+    for name, module in modules(pipe).items():
+        if name in given:
+            continue
+        if empty := [n for n, p in module.named_parameters() if p.is_meta]:
+            raise ModelError(
+                f"the model {plan.request.model} is incomplete",
+                f"the files of {name} lack {len(empty)} of its weights, such as {empty[0]}",
+                "they are of another version of the model, or damaged: download the model again",
+            )
 
 
 def _class(name: str) -> Any:
@@ -258,7 +277,8 @@ def apply(plan: Plan, pipe: Any, told: Progress | None = None) -> Any:
             "plan.load() fuses them; or fuse your own and plan without: pipe.fuse_lora(), pipe.unload_lora_weights()",
         )
     callers.refuse_other(plan, pipe, told or Quiet())
-    return apply_steps(plan, pipe, context(plan), told)
+    with _LOADING:  # `fuse_qkv` makes layers
+        return apply_steps(plan, pipe, context(plan), told)
 
 
 def apply_steps(plan: Plan, pipe: Any, here: Context, told: Progress | None = None) -> Any:

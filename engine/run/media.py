@@ -31,6 +31,7 @@ PLAN_KEY = "dg-run"
 """The key of a record that holds the plan; a file without it was not made here."""
 
 _RECORD_LIMIT_BYTES = 16 * MIB
+_AGAIN = "copy it again, or make it anew"
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 # The rate factor is that of x264 at which a loss is hardly seen. The number of threads is fixed, since the stream
@@ -225,13 +226,13 @@ def read_record(path: Path) -> dict[str, str]:
     """
     try:
         if path.is_dir():
-            raise FileError(f"{path} is a directory", do="name one picture or video in it")
+            raise FileError(f"{path} is a directory", "one file is shown at a time", "name a picture or a video in it")
         if path.exists() and not path.is_file():
             raise FileError(f"{path} is not a file", "a queue or a device has no end", "name a picture or a video")
         with path.open("rb") as file:
             record = _record_of(path, file)
     except OSError as error:
-        raise FileError(f"{path} cannot be read", str(error.strerror or error)) from None
+        raise FileError(f"{path} cannot be read", str(error.strerror or error), "check the path") from None
     if PLAN_KEY not in record:
         raise FileError(
             f"{path} does not say how it was made",
@@ -278,7 +279,7 @@ def _record_of_png(path: Path, file: IO[bytes]) -> dict[str, str]:
         if len(content) < length or len(checksum) < 4:
             raise _cut_off(path)
         if zlib.crc32(name + content) != int.from_bytes(checksum):
-            raise FileError(f"{path} is damaged", "a part of its record has another checksum than was written")
+            raise FileError(f"{path} is damaged", "a part of its record has another checksum than was written", _AGAIN)
         key, text = _international(path, content, left) if name == b"iTXt" else _latin(content)
         left -= length + len(text)
         record[key] = text
@@ -301,7 +302,7 @@ def _international(path: Path, content: bytes, limit: int) -> tuple[str, str]:
                 raise _too_long(path)
         return key.decode("latin-1"), text.decode("utf-8")
     except (zlib.error, ValueError) as error:
-        raise FileError(f"{path} is damaged", f"a part of its record cannot be read: {error}") from None
+        raise FileError(f"{path} is damaged", f"a part of its record cannot be read: {error}", _AGAIN) from None
 
 
 def _record_of_mp4(path: Path, file: IO[bytes]) -> dict[str, str]:
@@ -313,17 +314,19 @@ def _record_of_mp4(path: Path, file: IO[bytes]) -> dict[str, str]:
             record = {k: v for k, v in container.metadata.items() if k not in _OF_FFMPEG}
     except (av.error.FFmpegError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or str(error)
-        raise FileError(f"{path} is cut off or damaged", f"it cannot be read as an mp4: {why}") from None
+        raise FileError(f"{path} is cut off or damaged", f"it cannot be read as an mp4: {why}", _AGAIN) from None
     if sum(map(len, record.values())) > _RECORD_LIMIT_BYTES:
         raise _too_long(path)
     return record
 
 
 def _cut_off(path: Path) -> FileError:
-    return FileError(f"{path} is cut off", "it ends before a PNG does", "copy it again, or make it anew")
+    return FileError(f"{path} is cut off", "it ends before a PNG does", _AGAIN)
 
 
 def _too_long(path: Path) -> FileError:
     return FileError(
-        f"{path} has a record of more than {format_size(_RECORD_LIMIT_BYTES)}", "dg-run writes none so long"
+        f"{path} has a record of more than {format_size(_RECORD_LIMIT_BYTES)}",
+        "dg-run writes none so long",
+        "name a picture or a video that dg-run made",
     )

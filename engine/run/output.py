@@ -65,7 +65,7 @@ def check(wanted: Sequence[Path], plan: Plan) -> None:
             raise FileError(
                 f"{path}: {what} are written as {ending[1:].upper()}",
                 f"the name ends in {path.suffix or 'nothing'}",
-                f"call it {path.stem}{ending}",
+                f"call it {path.stem}{ending}" + ("" if path.suffix else f"; a folder ends in a slash: {path}/"),
             )
         if path.is_dir():
             raise FileError(f"{path} is a directory", do=f"give a file, such as {path / f'picture{ending}'}")

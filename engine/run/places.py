@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 FOLDER = Path("outputs")
 _LOCK = ".dg-run.lock"
+# As `media.write` and `preview` name what is not there yet, of outputs that `Folder` numbers.
+_UNFINISHED = re.compile(r"\.\d{4,}-\d+(\.broken|\.preview)?\.(png|mp4)\.[0-9a-f]{8}\.tmp|\d{4,}-\d+\.preview\.png")
 
 
 class Place(Protocol):
@@ -124,7 +127,7 @@ class Folder:
         if said != items.identity(plan.request, item):
             raise FileError(
                 f"{path} is there, and is of another run",
-                "it has this number and seed, and was made for another prompt, size or model",
+                "it has this number and seed, and was made for another prompt, size, picture, LoRA or model",
                 "give another folder with --output, or another --seed",
             )
         return True
@@ -134,6 +137,12 @@ class Folder:
         if is_broken:
             return output.save(made, _of_broken(path), output.record(plan, item))
         return None if path.exists() else output.save(made, path, output.record(plan, item))
+
+    def _tidy(self) -> None:
+        """Remove what a run was writing when it was killed: nobody else writes here now."""
+        with contextlib.suppress(OSError):
+            for left in [f for f in self.folder.iterdir() if _UNFINISHED.fullmatch(f.name)]:
+                left.unlink()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -149,11 +158,16 @@ class Folder:
                 f"it holds {self.folder / _LOCK}",
                 "wait for it, or give another folder with --output",
             ) from None
+        except FileExistsError:
+            raise FileError(
+                f"{self.folder} is no folder", "a file of that name is there", "give another place with --output"
+            ) from None
         except OSError as error:
             raise FileError(
                 f"{self.folder} cannot be written", str(error.strerror or error), "give another place with --output"
             ) from None
         try:
+            self._tidy()
             yield
         finally:
             # While it is held: whoever takes a lock looks whether its file is still the one of that name.

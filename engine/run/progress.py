@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from engine.units import format_seconds
+from engine.words import printable
 
 
 class Progress(Protocol):
@@ -41,7 +42,7 @@ class OnStderr:
     """For the command line."""
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def stage(self, what: str) -> Iterator[None]:
