@@ -10,7 +10,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from engine import documents, optimizers, paths, profiles
+from engine import documents, optimizers, paths, profiles, validation
 from engine.errors import ProfileError
 from engine.units import parse_size
 from engine.values import Profile
@@ -185,6 +185,19 @@ def test_a_valid_file_is_checked_once(tmp_path: Path, monkeypatch: pytest.Monkey
     write(tmp_path, "team.yaml", GOOD.replace("auto", "int8"))
     with pytest.raises(ProfileError):
         profiles.load(path, "team.yaml")
+
+
+def test_a_value_is_parsed_once_and_anew_when_its_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DG_RUN_CACHE", str(tmp_path / "cache"))
+    path = write(tmp_path, "team.yaml", GOOD)
+    made = documents.read(path).value
+    assert validation.value_once(path, "profile") == made
+    with monkeypatch.context() as without:
+        without.delattr(validation, "parse")
+        assert validation.value_once(path, "profile") == made
+    write(tmp_path, "team.yaml", GOOD + "colour: red\n")
+    with pytest.raises(documents.DocumentError, match="colour"):
+        validation.value_once(path, "profile")
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
