@@ -38,7 +38,10 @@ def _environment(folder: Path) -> dict[str, str]:
     library = nvml_stub.compile_stub(folder)
     topology = folder / "topology"
     topology.write_text(nvml_stub.lines(nvml_stub.topology("eight-linked-cards")), encoding="utf-8")
-    return os.environ | {
+    # An installed copy has its bytecode; a developer's shell may forbid Python to keep any.
+    given = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return given | {
+        "PYTHONPYCACHEPREFIX": str(folder / "bytecode"),
         "LD_LIBRARY_PATH": str(library.parent),
         "NVML_STUB_FILE": str(topology),
         "PYTHONPATH": str(ROOT),

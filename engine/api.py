@@ -116,14 +116,16 @@ def resolve(
     arguments.refuse_contradictions(request, sizes, call or {}, optimizers)
     listed = None if optimizers is None else tuple(map(arguments.step, optimizers))
     notes = (*begun, _GUIDANCE_NOTE) if guidance is not None and known.ignores_guidance else begun
+    found = None
     if listed is None and not chain:
-        notes = (*notes, *_passed_over())
-    return _solved(known, request, cards.snapshot(request, hardware), listed, chain, notes, told)
+        found = profiles.listed()
+        notes = (*notes, *_passed_over(found))
+    return _solved(known, request, cards.snapshot(request, hardware), listed, chain, notes, told, found=found)
 
 
-def _passed_over() -> Iterator[Note]:
+def _passed_over(found: Sequence[profiles.Listed]) -> Iterator[Note]:
     """Yield the profiles that would be tried here if they were valid."""
-    for one in profiles.broken():
+    for one in profiles.broken(found):
         because = (
             f"profile {one.name} is not valid, and nothing is tried in its place: dg-run profiles lint {one.source}"
         )
@@ -184,15 +186,18 @@ def _solved(
     notes: Sequence[Note],
     told: Callable[[str], None] | None,
     *,
+    found: Sequence[profiles.Listed] | None = None,
     below_bytes: int | None = None,
     may_run: bool = True,
 ) -> Plan:
+    """Return the plan. `found` are the profiles of a free search, where they were looked for just now."""
+    free = profiles.visible(found) if listed is None and not chain else ()
     tried = [
         _Case(request, known, card, seen, told, below_bytes=below_bytes, may_run=may_run)
         for card in cards.candidates(request, seen)
     ]
     for case in tried:
-        case.decide(listed, chain)
+        case.decide(listed, chain, free)
     taken = tried[solve.better([c.decision for c in tried])]
     return taken.plan([c for c in tried if c is not taken], notes)
 
@@ -224,8 +229,11 @@ class _Case:
         )
         self.decision: solve.Decision
 
-    def decide(self, listed: Sequence[Step] | None, chain: Sequence[Profile]) -> None:
-        """Decide: for an exact list, for a named profile and its fallbacks, or among all. Raises: DgRunError."""
+    def decide(self, listed: Sequence[Step] | None, chain: Sequence[Profile], free: Sequence[Profile]) -> None:
+        """Decide: for an exact list, for a named profile and its fallbacks, or among all that are free to be chosen.
+
+        Raises: DgRunError.
+        """
         situation = solve.Situation(
             request=self.request,
             model=self.known,
@@ -246,7 +254,7 @@ class _Case:
         elif chain:
             self.decision = solve.named(situation, chain)
         else:
-            self.decision = solve.choose(situation, profiles.visible())
+            self.decision = solve.choose(situation, free)
         self.estimates.save()
 
     def plan(self, others: Sequence[_Case], notes: Sequence[Note]) -> Plan:
@@ -348,7 +356,9 @@ def _changed(known: Model, components: Mapping[str, None], pipeline_class: str |
             raise UsageError(f"component {name!r} can only be left out", do=f'write {{"{name}": null}}')
     if pipeline_class is not None and not isinstance(pipeline_class, str):
         raise UsageError(f"pipeline_class must be the name of a class, not {pipeline_class!r}")
-    return known if pipeline_class is None else dataclasses.replace(known, pipeline_class=pipeline_class)
+    if pipeline_class in (None, known.pipeline_class):
+        return known  # itself, by which what is known of it is found again
+    return dataclasses.replace(known, pipeline_class=pipeline_class)
 
 
 def _from_picture(

@@ -1,10 +1,11 @@
-"""Files that are there whole or not at all, whoever else writes them at the same time."""
+"""Files that are there whole or not at all, whoever else writes them at the same time.
+
+Most who come here only read: what names new files is imported where one is made.
+"""
 
 from __future__ import annotations
 
 import os
-import secrets
-import tempfile
 from pathlib import Path
 
 
@@ -16,6 +17,8 @@ def stamp(path: Path) -> tuple[int, int, int]:
 
 def write(path: Path, content: bytes) -> None:
     """Write a file whole or not at all; its folder is made. Raises: OSError."""
+    import tempfile
+
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part")
     part = Path(name)
@@ -47,6 +50,8 @@ def publish(path: Path, text: str) -> None:
 
     Raises: OSError.
     """
+    import secrets
+
     part = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with part.open("x", encoding="utf-8", newline="\n") as file:

@@ -28,6 +28,7 @@ from engine.values import (
     Request,
     Rung,
     Step,
+    plain,
 )
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Plan:
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Return the plan as JSON, which `schema/plan.schema.json` describes."""
-        return json.dumps(dataclasses.asdict(self), indent=indent, ensure_ascii=False)
+        return json.dumps(plain(self), indent=indent, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str, source: str = "the plan") -> Plan:
@@ -198,13 +199,13 @@ class Plan:
 
 def digest(request: Request, profile: ProfileRef | None, steps: tuple[Step, ...]) -> str:
     """Return the SHA-256 of what would be run: model, revision, request, profile and optimizers, not what was seen."""
-    asked = {k: v for k, v in dataclasses.asdict(request).items() if k not in _SEEN}
+    asked = {k: v for k, v in plain(request).items() if k not in _SEEN}
     if request.loras:  # by what is in them, wherever they lie
         asked["loras"] = [{"sha256": lora.sha256, "weight": lora.weight} for lora in request.loras]
     else:  # digests are what they were before there were LoRAs
         del asked["loras"]
     named = None if profile is None else {"name": profile.name, "version": profile.version}
-    content = {"request": asked, "profile": named, "optimizers": [dataclasses.asdict(s) for s in steps]}
+    content = {"request": asked, "profile": named, "optimizers": [plain(s) for s in steps]}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return "sha256:" + hashlib.sha256(canonical.encode()).hexdigest()
 

@@ -13,10 +13,11 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine import paths
-from engine.documents import Document, DocumentError, Problem
+from engine import files, paths
+from engine.documents import Document, DocumentError, Problem, parse, read_text
 from engine.words import did_you_mean, listing, shown
 
 if TYPE_CHECKING:
@@ -46,6 +47,26 @@ def check_once(document: Document, schema: str) -> None:
         raise DocumentError(document.source, document.text, found)
 
 
+def value_once(path: Path, schema: str) -> Any:
+    """Return the value of a YAML file that obeys the schema: as it was read before, where its content is the same.
+
+    For large files of the project's own, of which nobody asks where a value stood. Raises: DocumentError, OSError.
+    """
+    text = read_text(path)
+    kept = paths.cache_dir() / "values" / f"{_digest(schema, text)}.json"
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        return json.loads(kept.read_text(encoding="utf-8"))
+    document = parse(text, str(path))
+    check(document, schema)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+        files.write(kept, json.dumps(document.value, ensure_ascii=False, separators=(",", ":")).encode())
+    return document.value
+
+
+def _digest(schema: str, text: str) -> str:
+    return hashlib.sha256(f"{schema_text(schema)}\0{text}".encode()).hexdigest()
+
+
 def problems(document: Document, schema: str) -> list[Problem]:
     """Return what speaks against `document`, in the order of its places; of very much the beginning."""
     validator = _validator(schema)
@@ -70,7 +91,7 @@ def _validator(schema: str) -> Any:
 
 def problems_once(document: Document, schema: str) -> list[Problem]:
     """The same as `problems`, remembering a document that has none."""
-    stamp = paths.cache_dir() / "valid" / hashlib.sha256(f"{schema_text(schema)}\0{document.text}".encode()).hexdigest()
+    stamp = paths.cache_dir() / "valid" / _digest(schema, document.text)
     if stamp.exists():
         return []
     found = problems(document, schema)

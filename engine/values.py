@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache, cached_property
 from typing import Any, NoReturn
 
 Scalar = str | int | float | bool | None
@@ -19,6 +21,44 @@ class FrozenDict(dict[str, Any]):
 
     def __reduce__(self) -> tuple[type[FrozenDict], tuple[dict[str, Any]]]:
         return FrozenDict, (dict(self),)
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON has it: a dataclass as a dict of its fields, and so on within it.
+
+    `dataclasses.asdict` copies whatever it comes by, again and again. Here what is in a value twice is once in the
+    result (a plan's steps are in hundreds of its rejections): so it is for reading and writing, and not to be changed.
+    """
+    return _plain(value, {})
+
+
+def _plain(value: Any, known: dict[int, Any]) -> Any:
+    kind: Any = type(value)
+    if kind in _BARE:
+        return value
+    found = known.get(id(value))
+    if found is not None:
+        return found
+    names = _field_names(kind)
+    if names is not None:
+        found = {n: _plain(getattr(value, n), known) for n in names}
+    elif isinstance(value, dict):
+        found = {k: _plain(v, known) for k, v in value.items()}
+    elif isinstance(value, list | tuple):
+        found = [_plain(v, known) for v in value]
+    else:
+        return value
+    known[id(value)] = found
+    return found
+
+
+_BARE = frozenset({str, int, float, bool, type(None)})
+
+
+@cache
+def _field_names(kind: type) -> tuple[str, ...] | None:
+    """Return the names of a dataclass's fields; None for any other class."""
+    return tuple(f.name for f in dataclasses.fields(kind)) if dataclasses.is_dataclass(kind) else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +168,7 @@ class Device:
     index: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Step:
     """One optimizer with its parameters."""
 
@@ -136,6 +176,11 @@ class Step:
     params: Mapping[str, Any] = field(default_factory=FrozenDict)
 
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
+        # A search asks for it thousands of times: it is what runs are told apart by.
         if not self.params:
             return self.name
         if set(self.params) == {"value"}:

@@ -6,7 +6,7 @@ import importlib.metadata
 import importlib.util
 import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from engine.version import __version__
@@ -85,6 +85,7 @@ def snapshot() -> dict[str, str | None]:
     return {"dg-run": __version__} | {name: installed(name) for name in TESTED}
 
 
+@lru_cache(maxsize=256)
 def within(version: str, ranges: str) -> bool:
     """Whether a version lies in ranges such as ">=0.42.1,<0.43", by the numbers of its release.
 

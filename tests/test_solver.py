@@ -466,3 +466,13 @@ def test_whatever_may_be_open_has_values() -> None:
                 found = opened.values(spec.step({param.name: "auto"}), where)
                 assert found, (spec.name, param.name)
                 assert all(s.params.get(param.name) != "auto" for s in found), (spec.name, param.name)
+
+
+def test_what_a_model_needs_is_looked_for_in_the_profiles_and_not_asked_of_the_user() -> None:
+    # Its VAE decodes one video at a time: profiles slice, and a list without slicing is struck out by the rule.
+    made = engine.resolve(
+        "hunyuanvideo-community/HunyuanVideo-1.5-Diffusers-720p_t2v", batch=2, vram="79GiB", gpu="H100 SXM"
+    )
+    assert made.profile is not None and "vae_slicing" in {s.name for s in made.optimizers}
+    with pytest.raises(IncompatibleError):
+        engine.resolve(made.request.model, batch=2, vram="79GiB", gpu="H100 SXM", optimizers=["resident"])

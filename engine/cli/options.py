@@ -317,9 +317,7 @@ def _refuse_exclusive(said: Mapping[str, str]) -> None:
     steps = [optimizers.spec(name).step() for name in said]
     from engine import compat  # and YAML with it: an interrupt before `main` has no exit code
 
-    broken = [
-        f for f in compat.under(compat.Facts(libraries=compat.installed())).findings(steps) if f.rule.kind == "excludes"
-    ]
+    broken = [f for f in compat.general().findings(steps) if f.rule.kind == "excludes"]
     if broken:
         flags = listing(dict.fromkeys(said[name] for f in broken for name in f.subjects))
         refusal = compat.refusal(broken)

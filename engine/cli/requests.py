@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import engine
 from engine.errors import DgRunError, FileError, UsageError
+from engine.values import plain
 from engine.words import did_you_mean, listing
 
 MAX_LINE_BYTES = 1024**2
@@ -79,7 +79,7 @@ def _answer(line: str, number: int) -> dict[str, Any]:
     try:
         request = parsed(line, number)
         name = request.get("id", number)
-        return {"id": name} | dataclasses.asdict(engine.resolve(**arguments(request)))
+        return {"id": name, **plain(engine.resolve(**arguments(request)))}
     except DgRunError as error:
         return {"id": name, "error": _told(error)}
     except RecursionError:

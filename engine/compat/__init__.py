@@ -5,7 +5,7 @@ for finding in speaking.findings(steps):
     ...
 """
 
-from engine.compat.findings import Applicable, Finding, refusal, under
+from engine.compat.findings import Applicable, Finding, general, refusal, under
 from engine.compat.rules import Compatibility, Fact, Rule, Subject, known_params, rules, shipped
 from engine.compat.when import CONDITIONS, ROLES, TRAITS, Facts, installed
 
@@ -20,6 +20,7 @@ __all__ = [
     "Finding",
     "Rule",
     "Subject",
+    "general",
     "installed",
     "known_params",
     "refusal",

@@ -1,7 +1,8 @@
 """What the rules say of a list of optimizers.
 
-A solver asks this of thousands of lists under the same facts. So `under` strikes out, once for every dtype, the rules
-whose `when` does not hold, and keeps the others by the optimizer without which they say nothing.
+A solver asks this of thousands of lists under the same facts. So `under` strikes out the rules whose `when` does not
+hold: once those that no dtype makes hold, and for every dtype those that it decides. The others are kept by the
+optimizer without which they say nothing.
 """
 
 from __future__ import annotations
@@ -65,6 +66,12 @@ def under(facts: Facts) -> Applicable:
     return Applicable(facts)
 
 
+@cache
+def general() -> Applicable:
+    """Return the rules that can speak of any model on any machine."""
+    return under(Facts(libraries=when.installed()))
+
+
 def refusal(broken: Sequence[Finding]) -> IncompatibleError:
     """Return the error that names every broken rule."""
     return IncompatibleError(
@@ -79,6 +86,7 @@ class Applicable:
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
+        self._rules = tuple((i, r) for i, r in enumerate(rules()) if when.may_hold(r.when, facts))
         self._by_dtype: dict[str | None, _Table] = {}
 
     def findings(self, steps: Sequence[Step]) -> tuple[Finding, ...]:
@@ -94,7 +102,7 @@ class Applicable:
             named.setdefault(step.name, []).append((i, step))
         table = self._by_dtype.get(dtype)
         if table is None:
-            table = self._by_dtype[dtype] = _Table(self.facts, dtype)
+            table = self._by_dtype[dtype] = _Table(self._rules, self.facts, dtype)
         found: dict[int, tuple[str, ...]] = {}
         for rule in table.always:
             if subjects := rule.speaks(named, steps if shared else None):
@@ -118,12 +126,13 @@ def _finding(position: int, subjects: tuple[str, ...]) -> Finding:
 class _Table:
     """The rules whose `when` holds for one dtype."""
 
-    def __init__(self, facts: Facts, dtype: str | None) -> None:
+    def __init__(self, speaking: Sequence[tuple[int, Rule]], facts: Facts, dtype: str | None) -> None:
+        """`speaking` are rules that may hold under these facts, each with its position among all."""
         self.always: list[_Active] = []
         self.by_name: dict[str, list[_Active]] = {}
         whole_tile_px = None if facts.model is None else facts.model.whole_tile_px(facts.height, facts.width)
-        for position, rule in enumerate(rules()):
-            if not when.holds(rule.when, facts, dtype):
+        for position, rule in speaking:
+            if not when.holds_in(rule.when, facts, dtype):
                 continue
             wanted = rule.when.get("component")
             names = None if wanted is None else when.components(wanted, facts.model)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-from engine import documents, optimizers, paths, validation
+from engine import optimizers, paths, validation
 from engine.facts import tiling
 from engine.values import FrozenDict
 
@@ -120,9 +120,7 @@ class Compatibility:
 @cache
 def shipped() -> Compatibility:
     """Return what the shipped file says, in its order."""
-    document = documents.read(paths.data_dir("schema") / "compatibility.yaml")
-    validation.check_once(document, "compatibility")
-    value = document.value
+    value = validation.value_once(paths.data_dir("schema") / "compatibility.yaml", "compatibility")
     matrix = value["matrix"]
     return Compatibility(
         planned=FrozenDict({n: FrozenDict({k: _frozen(v) for k, v in p.items()}) for n, p in value["planned"].items()}),

@@ -156,6 +156,15 @@ _CONDITIONS: dict[str, Callable[[Any, Facts, str | None], bool | None]] = {
 CONDITIONS = tuple(_CONDITIONS)
 
 
-def holds(when: Mapping[str, Any], facts: Facts, dtype: str | None) -> bool:
-    """Whether all that a rule asks for in `when` is known to hold, for a run that computes in `dtype`."""
-    return all(_CONDITIONS[name](wanted, facts, dtype) is True for name, wanted in when.items())
+_OF_DTYPE = ("dtype", "traits")
+"""The conditions that may hold in one dtype and not in another."""
+
+
+def may_hold(when: Mapping[str, Any], facts: Facts) -> bool:
+    """Whether all that a rule asks for in `when` is known to hold, but for what the dtype decides (`holds_in`)."""
+    return all(_CONDITIONS[n](wanted, facts, None) is True for n, wanted in when.items() if n not in _OF_DTYPE)
+
+
+def holds_in(when: Mapping[str, Any], facts: Facts, dtype: str | None) -> bool:
+    """Whether what `may_hold` leaves open is known to hold for a run that computes in `dtype`."""
+    return all(_CONDITIONS[n](when[n], facts, dtype) is True for n in _OF_DTYPE if n in when)

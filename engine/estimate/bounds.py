@@ -19,7 +19,7 @@ from engine.estimate.trace import BEGIN, BORN, DIED, END, GONE, KIND_BITS, KIND_
 from engine.facts.casting import is_text_encoder
 from engine.optimizers import placing
 from engine.optimizers.spec import is_vae
-from engine.values import Step
+from engine.values import Step, plain
 
 HOST_BASE_BYTES = 1152 * 1024**2
 """Anonymous memory of a process that has run a pipeline on a card, without its weights: 1.00 to 1.32 GiB in 15 runs on
@@ -77,7 +77,7 @@ class Bounds:
     usual_steps: int | None
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return dict(plain(self))
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Bounds:

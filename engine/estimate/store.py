@@ -7,7 +7,6 @@ estimated from it is kept beside it, so that asking again reads one small file. 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -19,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from engine import paths, versions
 from engine.estimate.dryrunner import DryRunner
 from engine.facts.model import Model
-from engine.files import write
-from engine.values import Estimate, Gpu, HostBytes, Interval, Phase, Request, Step
+from engine.files import stamp, write
+from engine.values import Estimate, FrozenDict, Gpu, HostBytes, Interval, Phase, Request, Step, plain
 
 if TYPE_CHECKING:
     from engine.estimate.trace import Trace
@@ -34,6 +33,7 @@ _TRACING = ("estimate/trace.py", "estimate/tracefile.py", "dryrun/*.py", "optimi
 _ANSWERING = ("estimate/*.py", "gpus/*.json")
 _LIBRARIES = ("torch", "diffusers", "transformers")
 _KEPT_IN_MEMORY = 4
+_ANSWERS_KEPT = 32
 SHIPPED_SIDES_PX = (512, 1024)
 """Sides of the square pictures that traces are shipped for, beside each model's own size."""
 _dry = DryRunner()
@@ -51,9 +51,9 @@ def key(model: Model, request: Request, dtype: str, changes: Sequence[Step] = ()
 
     `changes` are the steps that change what is computed, in their order.
     """
+    configured, known = _configured(model)
     content: dict[str, Any] = {
         "pipeline": model.pipeline_class,
-        "components": _configured(model),
         "sizes": [request.height, request.width, request.frames, request.batch],
         "guidance": request.guidance,
         "call": dict(request.call),
@@ -62,25 +62,36 @@ def key(model: Model, request: Request, dtype: str, changes: Sequence[Step] = ()
     }
     if changes:
         content["changes"] = [[s.name, dict(s.params)] for s in changes]
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    beside = _canonical(content)
+    found = known.get(beside)
+    if found is None:
+        text = _canonical({**content, "components": configured})
+        found = known[beside] = hashlib.sha256(text.encode()).hexdigest()[:32]
+    return found
 
 
-def _configured(model: Model) -> dict[str, Any]:
-    """Return what of a model's components decides a trace. Copied once for each model: there are hundreds of keys."""
+def _canonical(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def _configured(model: Model) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what of a model's components decides a trace, and the keys that were asked for by all else of them.
+
+    Configurations are long, a plan asks for a dozen keys, and the next plan for the same ones.
+    """
     known = _configurations.get(id(model))
     if known is None or known[0] is not model:
         made = {
-            name: {k: v for k, v in dataclasses.asdict(component).items() if k not in _OF_FILES}
+            name: {k: v for k, v in plain(component).items() if k not in _OF_FILES}
             for name, component in model.components.items()
         }
-        known = _configurations[id(model)] = model, made
+        known = _configurations[id(model)] = model, made, {}
         for oldest in list(_configurations)[:-_KEPT_IN_MEMORY]:
             _configurations.pop(oldest, None)
-    return known[1]
+    return known[1:]
 
 
-_configurations: dict[int, tuple[Model, dict[str, Any]]] = {}
+_configurations: dict[int, tuple[Model, dict[str, Any], dict[str, str]]] = {}
 
 
 @functools.cache
@@ -189,6 +200,13 @@ def card_key(gpu: Gpu, request: Request, stored: Mapping[str, str | None], calib
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
+@functools.lru_cache(maxsize=_ANSWERS_KEPT)
+def _read_answers(path: Path, as_it_is: tuple[int, int, int]) -> Mapping[str, Any]:
+    """Return the answers in a file. Read once: a process plans for the same models again and again."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return FrozenDict(found) if isinstance(found, dict) else FrozenDict()
+
+
 class Answers:
     """The estimates that were made from one trace, kept on disk as one small file."""
 
@@ -197,12 +215,11 @@ class Answers:
         self._new: dict[str, Any] = {}
         self._old = self._read()
 
-    def _read(self) -> dict[str, Any]:
+    def _read(self) -> Mapping[str, Any]:
         try:
-            found = json.loads(self._path.read_text(encoding="utf-8"))
+            return _read_answers(self._path, stamp(self._path))
         except (OSError, ValueError, RecursionError):
             return {}
-        return found if isinstance(found, dict) else {}
 
     def get(self, name: str) -> Estimate | None:
         """Return an estimate that was made before."""
@@ -213,7 +230,7 @@ class Answers:
             return None
 
     def put(self, name: str, estimate: Estimate) -> None:
-        self._new[name] = dataclasses.asdict(estimate)
+        self._new[name] = plain(estimate)
 
     def note(self, name: str) -> Any:
         """Return something else that was found out from the trace, as JSON has it; None where nothing was."""
@@ -227,7 +244,7 @@ class Answers:
         if not self._new:
             return
         with contextlib.suppress(OSError), _alone(self._path.parent):
-            content = json.dumps(self._read() | self._new, separators=(",", ":"))
+            content = json.dumps({**self._read(), **self._new}, separators=(",", ":"))
             write(self._path, content.encode())
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import queue
 import re
@@ -17,11 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import ModelError
 from engine.facts import directory
 from engine.facts.model import Model
+
+if TYPE_CHECKING:
+    from logging import LogRecord
 
 MAX_FILES = 2 * directory.MAX_COMPONENTS
 MAX_BYTES = 4 * directory.MAX_CONFIG_BYTES
@@ -97,6 +99,8 @@ def transport() -> type[Exception]:
 
 def keep_quiet() -> None:
     """Leave out what huggingface_hub remarks of downloads that are ours: the error says it, in one piece."""
+    import logging  # which a plan does without
+
     for logger in ("huggingface_hub.file_download", "huggingface_hub.utils._http"):
         logging.getLogger(logger).addFilter(_is_not_ours)  # once: the same filter is not added twice
 
@@ -141,7 +145,7 @@ def _download(name: str, revision: str, cache: Path) -> Path:
     return folder
 
 
-def _is_not_ours(record: logging.LogRecord) -> bool:
+def _is_not_ours(record: LogRecord) -> bool:
     """Whether a remark is of a download that is not ours: what becomes of ours is said by the error, in one piece."""
     return not (record.threadName or "").startswith(THREADS)
 

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +119,7 @@ def _by_name() -> dict[str, tuple[KnownGpu, ...]]:
     return {way: tuple(rows) for way, rows in found.items()}
 
 
+@lru_cache(maxsize=64)
 def named(name: str) -> tuple[KnownGpu, ...]:
     """Return the cards that somebody may mean by `name`: one, several, or none.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import psutil
@@ -20,8 +21,9 @@ def snapshot() -> Host:
     """Return the host now."""
     memory = psutil.virtual_memory()
     swap = _swap_free_bytes()
-    room = cgroup_available_bytes()
-    limit = cgroup_limit_bytes()
+    groups = _groups()
+    room = cgroup_available_bytes(groups)
+    limit = cgroup_limit_bytes(groups)
     return Host(
         ram_bytes=memory.available if room is None else min(memory.available, room),
         total_ram_bytes=memory.total if limit is None else min(memory.total, limit),
@@ -95,9 +97,9 @@ def _reclaimable_bytes(group: Path) -> int:
     return int(text) if text.isdecimal() else 0
 
 
-def cgroup_limit_bytes() -> int | None:
-    """Return the tightest memory limit over the ancestors, or None without one."""
-    limits = [_limit(group) for group in _groups()]
+def cgroup_limit_bytes(groups: Sequence[Path] | None = None) -> int | None:
+    """Return the tightest memory limit over the ancestors, or None without one. `groups` are this process's."""
+    limits = [_limit(group) for group in (_groups() if groups is None else groups)]
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -106,13 +108,15 @@ def _limit(group: Path) -> int | None:
     return _number(group / "memory.limit_in_bytes") if v2 is None else v2
 
 
-def cgroup_available_bytes() -> int | None:
+def cgroup_available_bytes(groups: Sequence[Path] | None = None) -> int | None:
     """Return what the control groups leave to take, the least over the ancestors; None without a limit."""
     room: list[int] = []
-    for group in _groups():
+    for group in _groups() if groups is None else groups:
         limit = _limit(group)
+        if limit is None:
+            continue
         used = _number(group / "memory.current")
         used = _number(group / "memory.usage_in_bytes") if used is None else used
-        if limit is not None and used is not None:
+        if used is not None:
             room.append(max(0, limit - used + _reclaimable_bytes(group)))
     return min(room, default=None)

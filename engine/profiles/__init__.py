@@ -14,6 +14,7 @@ the same: what it shadows does not come in its place unasked.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -93,14 +94,18 @@ def load(path: Path, source: str) -> Profile:
     return made.profile(entry)
 
 
-def visible() -> tuple[Profile, ...]:
-    """Return every profile that a free search may use here, from the most frugal to the most lavish."""
-    return tuple(f.profile for f in listed() if f.profile is not None and f.shadowed_by is None)
+def visible(found: Sequence[Listed] | None = None) -> tuple[Profile, ...]:
+    """Return every profile that a free search may use here, from the most frugal to the most lavish.
+
+    `found` is what is listed, where it was looked for just now.
+    """
+    files = listed() if found is None else found
+    return tuple(f.profile for f in files if f.profile is not None and f.shadowed_by is None)
 
 
-def broken() -> tuple[Listed, ...]:
-    """Return the files that a free search would use here and cannot, each with its error."""
-    return tuple(f for f in listed() if f.error is not None and f.shadowed_by is None)
+def broken(found: Sequence[Listed] | None = None) -> tuple[Listed, ...]:
+    """Return the files that a free search would use here and cannot, each with its error. `found` as for `visible`."""
+    return tuple(f for f in (listed() if found is None else found) if f.error is not None and f.shadowed_by is None)
 
 
 def built_in() -> tuple[Profile, ...]:

@@ -16,14 +16,9 @@ from engine.values import Step
 MAX_COMBINATIONS = 4096
 
 
-@cache
-def _speaking() -> compat.Applicable:
-    return compat.under(compat.Facts(libraries=compat.installed()))
-
-
 def findings(steps: Sequence[Step]) -> tuple[compat.Finding, ...]:
     """Return the broken rules that need no model and no machine to be broken."""
-    return tuple(f for f in _speaking().findings(steps) if f.breaks)
+    return tuple(f for f in compat.general().findings(steps) if f.breaks)
 
 
 @cache

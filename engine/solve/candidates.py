@@ -107,12 +107,33 @@ class Judged:
     key: str
 
 
+_KEPT = 16
+_kept: dict[tuple[object, ...], Rules] = {}
+
+
 class Rules:
     """The rules that can speak in one situation; what they said of a list is remembered."""
 
-    def __init__(self, situation: Situation) -> None:
-        self._rules = compat.under(_facts(situation))
+    def __init__(self, facts: compat.Facts) -> None:
+        self.facts = facts
+        self._rules = compat.under(facts)
         self._said: dict[str, Judged] = {}
+
+    @classmethod
+    def under(cls, situation: Situation) -> Rules:
+        """Return the rules of a situation: the same as before, where nothing that they ask for has changed.
+
+        Which rules can speak takes as long to find out as all the rest of a warm decision. The last few are kept.
+        """
+        facts = _facts(situation)
+        # What has no hash is meant itself: its rules keep it, so that nothing else can have its place.
+        asked = id(facts.model), id(facts.libraries), *(getattr(facts, n) for n in _ASKED)
+        found = _kept.get(asked)
+        if found is None:
+            found = _kept[asked] = cls(facts)
+            for oldest in list(_kept)[:-_KEPT]:
+                _kept.pop(oldest, None)
+        return found
 
     def of(self, steps: Sequence[Step]) -> Judged:
         """Return what the rules say of these steps."""
@@ -127,6 +148,9 @@ class Rules:
         idle = {n for f in findings if f.is_idle for n in f.subjects}
         acting = tuple(s for s in steps if s.name not in idle or optimizers.spec(s.name).is_placement)
         return Judged(findings, acting, asked if acting == steps else "; ".join(map(str, acting)))
+
+
+_ASKED = tuple(f.name for f in dataclasses.fields(compat.Facts) if f.name not in ("model", "libraries"))
 
 
 def _facts(situation: Situation) -> compat.Facts:

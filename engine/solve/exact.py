@@ -20,7 +20,7 @@ def exact(situation: Situation, steps: Sequence[Step]) -> Decision:
     if optimizers.placement(listed) is None and not any(s.name == "xdit" for s in listed):
         listed = optimizers.in_order([*listed, optimizers.spec("resident").step()])
     settled = tuple(opened.values(s, situation)[0] for s in listed)
-    judged = Rules(situation).of(settled)
+    judged = Rules.under(situation).of(settled)
     if broken := [f for f in judged.findings if f.breaks]:
         raise compat.refusal(broken)
     notes = reasons.notes(judged.findings, settled)

@@ -37,7 +37,7 @@ def choose(situation: Situation, profiles: Sequence[Profile]) -> Decision:
 
     Raises: IncompatibleError, when what was required contradicts itself.
     """
-    rules = Rules(situation)
+    rules = Rules.under(situation)
     _refuse_contradiction(situation, rules)
     spaces: _Spaces | None = None
     rejected: list[Rejection] = []
@@ -50,7 +50,7 @@ def choose(situation: Situation, profiles: Sequence[Profile]) -> Decision:
         spaces = spaces or _Spaces(situation, rules)
         for candidate, ruled_out in spaces.of(profile):
             # What happened is asked anew each time: it depends on what is free, and rules do not.
-            reason = ruled_out or judge.remembered(candidate, situation)
+            reason = ruled_out or (judge.remembered(candidate, situation) if situation.ran_out else None)
             if reason is not None:
                 rejected.append(reason.of(profile))
             elif candidate.key in runs:
@@ -134,7 +134,10 @@ def _refuse_contradiction(situation: Situation, rules: Rules) -> None:
         raise IncompatibleError(
             f"{listing(both)} cannot be required and forbidden", "both were asked for", "drop one of the two"
         )
-    broken = [f for f in rules.of(optimizers.in_order(request.require)).findings if f.breaks]
+    if not request.require:
+        return
+    # What the model itself needs (no subjects) may be in the profiles.
+    broken = [f for f in rules.of(optimizers.in_order(request.require)).findings if f.breaks and f.subjects]
     if broken:
         raise compat.refusal(broken)
 
