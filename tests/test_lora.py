@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 import engine
-from engine import facts
+from engine import cli, facts
 from engine.errors import DgRunError, FileError, ModelError, UsageError
 from engine.facts import loras
 from engine.optimizers import staged_encoding
 from engine.optimizers.spec import Context
-from engine.run import fuse, load, parts, staged
+from engine.run import fuse, load, media, parts, staged
 from engine.run.progress import Quiet
 from tests.conftest import draw, machine
 from truth import device
@@ -352,3 +353,19 @@ def test_under_every_placement_it_draws_the_same_twice_in_a_row(name: str, lora:
     for _ in range(2):
         assert near(draw(pipe, height=64, width=64), active)
     pipe.maybe_free_model_hooks()
+
+
+def test_an_output_whose_lora_is_gone_is_not_made_again(
+    lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, out = tmp_path / "own.safetensors", tmp_path / "out.png"
+    own.write_bytes(lora.read_bytes())
+    plan = engine.resolve(hardware=machine(), loras=[own], device="cpu")
+    record = {"dg-run": plan.to_json(), "prompt": "a red circle", "seed": "1"}
+    media.write(Image.new("RGB", (8, 8)), out, record)
+    own.unlink()
+    assert cli.main(["show", str(out)]) == 0
+    assert "LoRA       own.safetensors at 1" in capsys.readouterr().out
+    assert cli.main(["--like", str(out)]) == 8
+    err = capsys.readouterr().err
+    assert f"{out} cannot be made again here" in err and "there is no LoRA" in err and "--lock" not in err

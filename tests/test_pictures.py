@@ -292,7 +292,8 @@ def test_a_picture_is_redrawn_and_its_record_tells_which(tmp_path: Path, capsys:
     capsys.readouterr()
     again = tmp_path / "again.png"
     assert cli.main(["--like", str(out), "--image", str(start), "--output", str(again)]) == 0
-    assert "another picture" not in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "another picture" not in err and "note: the picture is 64 × 64" in err
     assert pictures.read(pictures.read(again).image).sha256 == pictures.read(pictures.read(out).image).sha256
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import engine
-from engine import arguments, cards, pictures, prompts
+from engine import arguments, cards, drift, pictures, prompts
 from engine.cli import options
 from engine.errors import FileError, UsageError
 from engine.pictures import Picture
@@ -185,7 +185,15 @@ def _like(given: argparse.Namespace) -> int:
         job = dataclasses.replace(job, prompts=(own,), num_images=job.num_images or 1)
 
     def planned() -> Plan:
-        return found.lock.plan(told=_tell)
+        held = drift.held(found.lock, told=_tell)
+        if held.plan is None or held.refusing:
+            error = drift.refusal(held.drift)
+            raise type(error)(
+                f"{given.like} cannot be made again here",
+                error.why,
+                "give back what it was made with; or draw with what is here: dg-run --auto, with its prompt and seed",
+            )
+        return held.plan
 
     return _draw(planned, job)
 
@@ -270,7 +278,7 @@ def _make(
             told.say(f"seed {item.seed}, plan {made.plan.digest[:14]}")
             print(path, flush=True)
         if lost:
-            raise FileError(lost[0].what, lost[0].why, "; ".join(dict.fromkeys(e.do for e in lost)))
+            raise FileError(lost[0].what, lost[0].why, "\n       ".join(dict.fromkeys(e.do for e in lost)))
         fault = made.fault or fault
         if made.peak_bytes is not None:
             peak_bytes = max(made.peak_bytes, peak_bytes or 0)

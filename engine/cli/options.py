@@ -63,9 +63,10 @@ class Parser(argparse.ArgumentParser):
             return options
         flags = sorted(o for action in self._actions for o in action.option_strings if o.startswith("--"))
         what = "option" if rest[0].startswith("-") else "argument"
+        meant = did_you_mean(rest[0].partition("=")[0], flags) if what == "option" else ""
         raise UsageError(
             f"{self.prog} has no {what} {rest[0]!r}",
-            do=f"{did_you_mean(rest[0].partition('=')[0], flags)} `{self.prog} --help` lists them".strip(),
+            do=f"{meant} `{self.prog} --help` lists them".strip(),
         )
 
     def _told(self, words: Sequence[str]) -> dict[str, str]:

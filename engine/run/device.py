@@ -18,18 +18,22 @@ def choose(plan: Plan) -> None:
 
     Raises: HardwareError, when the plan is for a card that is not here, or CUDA has already started on others.
     """
-    planned = plan.card
-    if plan.device is None or planned is None:
+    if plan.device is None or plan.card is None:
         return
-    if planned.hypothetical:
-        raise HardwareError(
-            f"the plan is for a hypothetical card ({planned.name})",
-            "it can be read, not run",
-            "plan without --gpu and --vram",
-        )
+    refuse_imagined(plan)
     if plan.device.uuid is not None:
         make_visible(plan.device.uuid)
     _cap(plan)
+
+
+def refuse_imagined(plan: Plan) -> None:
+    """Raises: HardwareError, where a plan is for a card that is not here."""
+    if plan.card is not None and plan.card.hypothetical:
+        raise HardwareError(
+            f"the plan is for a hypothetical card ({plan.card.name})",
+            "it can be read, not run",
+            "plan without --gpu and --vram",
+        )
 
 
 def make_visible(uuid: str) -> None:

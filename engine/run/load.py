@@ -93,8 +93,9 @@ def fetched(plan: Plan, told: Progress | None = None) -> Local:
     """Return the plan's model, all of whose files are on this machine afterwards. Nothing is asked where they are.
 
     A download takes as long as it takes: who holds a card's lock, or is about to, calls this before.
-    Raises: ModelError, FileError.
+    Raises: ModelError, FileError; HardwareError, for a plan that no card here can run.
     """
+    device.refuse_imagined(plan)  # before gigabytes are fetched for nothing
     return download.local(plan.request, context(plan).dtype, told or Quiet())
 
 
