@@ -375,6 +375,16 @@ def test_ctrl_c_exits_130_and_leaves_no_partial_file(tmp_path: Path, delay_s: fl
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_process_that_is_interrupted_tidies_up_and_ends_with_130() -> None:
+    code = (
+        "import atexit, signal; from engine import cli; atexit.register(print, 'tidied'); "
+        "cli._command = lambda _: lambda _: signal.raise_signal(signal.SIGINT); cli.entry()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "tidied\n")
+    assert "interrupted" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_every_optimizer_of_the_guide_has_a_flag() -> None:
     flagged = {name for name, _ in FLAGS.values()}
     assert flagged == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import os
@@ -10,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from engine.cli.options import COMMANDS
 from engine.errors import INTERRUPTED_EXIT_CODE, DgRunError, UsageError
@@ -49,6 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return INTERNAL_ERROR
+
+
+def entry() -> NoReturn:
+    """Run the command line of this process, and end it with the exit code."""
+    code = main()
+    if code == INTERRUPTED_EXIT_CODE:
+        # Ended by Python itself, a process has been seen to end by the signal, after `main` had said and returned 130:
+        # Ctrl-C had come while modules were imported. Nothing that Python does at its end is left to come upon it.
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 @contextlib.contextmanager
