@@ -227,17 +227,18 @@ def test_pictures_are_not_made() -> None:
 
 
 MEASURE = """
-import resource
 import torch
 from engine import facts
 from engine.dryrun import build, inputs, record
 model = facts.find("hunyuanvideo-community/HunyuanVideo")
 pipe = build.pipeline(model, torch.bfloat16)
 record.record(pipe, inputs.call(model, pipe, height=720, width=1280, frames=129, steps=2), "cuda")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2)
+# Not `ru_maxrss`, which begins with what the process that started this one had.
+print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024**2)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the most that was resident is read as Linux tells it")
 def test_a_long_video_takes_little_memory_on_the_host() -> None:
     """Its pictures alone would be 1.3 GiB, and were held twice. torch and the libraries are 0.36 GiB."""
     done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True, check=False)
