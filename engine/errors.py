@@ -15,6 +15,8 @@ Every error has three parts: what happened, why, and what to do next.
 
 from __future__ import annotations
 
+from typing import Any
+
 INTERRUPTED_EXIT_CODE = 130
 
 
@@ -29,6 +31,10 @@ class DgRunError(Exception):
         self.why = why
         self.do = do
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As it is, and not by its class's own arguments: a process that works for another one hands its errors over.
+        return _again, (type(self), self.args, dict(vars(self)))
+
     def __str__(self) -> str:
         lines = [self.what]
         if self.why:
@@ -36,6 +42,13 @@ class DgRunError(Exception):
         if self.do:
             lines.append(f"  do:  {self.do}")
         return "\n".join(lines)
+
+
+def _again(kind: type[DgRunError], arguments: tuple[Any, ...], said: dict[str, Any]) -> DgRunError:
+    made = kind.__new__(kind, *arguments)
+    made.args = arguments
+    vars(made).update(said)
+    return made
 
 
 class UsageError(DgRunError):

@@ -46,3 +46,14 @@ def test_public_errors_are_the_tree() -> None:
 def test_an_error_is_told_in_three_parts() -> None:
     error = errors.ModelError("what happened", "the reason", "the remedy")
     assert str(error).splitlines() == ["what happened", "  why: the reason", "  do:  the remedy"]
+
+
+def test_every_error_comes_whole_out_of_another_process() -> None:
+    """By the arguments of its class it would not be made again, and who waits for the answer would wait for ever."""
+    import pickle
+
+    from engine.optimizers.spec import NotApplied
+
+    for made in (NotApplied("dtype", "vae is float32"), errors.FileError("a", "b", "c"), errors.DgRunError("a")):
+        again = pickle.loads(pickle.dumps(made))  # noqa: S301 - our own
+        assert (type(again), str(again), again.args, vars(again)) == (type(made), str(made), made.args, vars(made))
