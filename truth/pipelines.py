@@ -577,6 +577,10 @@ def _small_tiles(vae: Any) -> None:
         if hasattr(vae, f"tile_sample_stride_{side}"):
             setattr(vae, f"tile_sample_min_{side}", 64)
             setattr(vae, f"tile_sample_stride_{side}", 48)
+    # AutoencoderDC works out the tiles of its latents when tiling is switched on.
+    is_on = vae.use_tiling
+    vae.enable_tiling()
+    vae.use_tiling = is_on
     tiles.take_for_own(vae)
 
 
