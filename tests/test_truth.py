@@ -24,7 +24,7 @@ PLACED = list(cases.every_placement())
 MIXED = list(cases.every_mixture())[::7]  # each mixture twice, each architecture once or twice; `make truth` runs all
 TILES = list(cases.every_tile())[::4] + list(cases.every_tile())[3::4]  # each architecture once
 CASTS = list(cases.every_cast())[::10] + list(cases.every_cast())[8::10]
-RANDOM = list(itertools.islice(cases.random_cases(SEED), 40))  # `make truth` runs thousands
+RANDOM = list(itertools.islice(cases.random_cases(SEED), 100))  # `make truth` runs thousands
 STAGED = [c for c in cases.staged() if c.steps[-1].name != "model_offload"][::3]  # `make truth` runs those too
 JOBS = os.cpu_count() or 1
 
