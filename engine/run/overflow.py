@@ -19,6 +19,7 @@ from typing import Any
 from engine.errors import IncompatibleError
 from engine.facts.casting import is_text_encoder
 from engine.optimizers.spec import modules
+from engine.run.stages import replaced
 from engine.values import Step
 
 _PROCESSORS = ("postprocess_video", "postprocess")
@@ -79,7 +80,7 @@ def watching(pipe: Any) -> Iterator[Watch]:
             handle = module.register_forward_hook(lambda _, __, result, see=see: see(result))
             stack.callback(handle.remove)
             if not is_text_encoder(name) and callable(getattr(module, "decode", None)):
-                stack.enter_context(_replaced(module, "decode", _decoding(watch, name, module.decode)))
+                stack.enter_context(replaced(module, "decode", _decoding(watch, name, module.decode)))
         for part in vars(pipe).values():
             if hasattr(part, "numpy_to_pil"):
                 stack.enter_context(_processing(watch, part))
@@ -123,22 +124,8 @@ def _processing(watch: Watch, processor: Any) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name in _PROCESSORS:
             if callable(real := getattr(processor, name, None)):
-                stack.enter_context(_replaced(processor, name, watched(real)))
+                stack.enter_context(replaced(processor, name, watched(real)))
         yield
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, by: Callable[..., Any]) -> Iterator[None]:
-    """Let one object have another method of this name for a while."""
-    own = vars(owner)
-    before = own.get(name)
-    own[name] = by
-    try:
-        yield
-    finally:
-        del own[name]
-        if before is not None:
-            own[name] = before
 
 
 def _first(result: Any) -> Any:

@@ -128,7 +128,7 @@ def _encoder(pipe: Any) -> Any:
 @contextlib.contextmanager
 def _answering(pipe: Any, answer: Callable[..., Any]) -> Iterator[None]:
     """Let `encode_prompt` of this pipeline, and of no other, be answered so."""
-    with _replaced(pipe, "encode_prompt", answer):
+    with replaced(pipe, "encode_prompt", answer):
         yield
 
 
@@ -144,10 +144,10 @@ def _left_behind(pipe: Any, watch: _Encoding) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name in dir(type(pipe)):
             if name.startswith("prepare_") and callable(real := getattr(pipe, name)):
-                stack.enter_context(_replaced(pipe, name, _leaving(watch, name, real)))
+                stack.enter_context(replaced(pipe, name, _leaving(watch, name, real)))
         for name, part in pipe.components.items():
             if callable(real := getattr(part, "set_timesteps", None)):
-                stack.enter_context(_replaced(part, "set_timesteps", _leaving(watch, name, real)))
+                stack.enter_context(replaced(part, "set_timesteps", _leaving(watch, name, real)))
         for name, module in others.items():
             stack.enter_context(phases.told({name: module}, functools.partial(_using, watch, name)))
         yield
@@ -168,7 +168,7 @@ def _leaving(watch: _Encoding, name: str, real: Callable[..., Any]) -> Callable[
 
 
 @contextlib.contextmanager
-def _replaced(owner: Any, name: str, by: Callable[..., Any]) -> Iterator[None]:
+def replaced(owner: Any, name: str, by: Callable[..., Any]) -> Iterator[None]:
     """Let one object have another method of this name for a while."""
     own = vars(owner)
     before = own.get(name)
