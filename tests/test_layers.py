@@ -20,6 +20,7 @@ LAYERS = [
     "engine.words",
     "engine.paths",
     "engine.files",
+    "engine.collector",
     "engine.values",
     "engine.gpus",
     "engine.documents",

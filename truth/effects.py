@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import optimizers
-from engine.dryrun.record import no_collection
+from engine import collector, optimizers
 from engine.errors import DgRunError
 from engine.facts import tiling
 from engine.optimizers import staged_encoding
@@ -194,7 +193,7 @@ def _run(case: Case) -> Trail:
     here = Context(device=device.NAME if case.steps else "cpu", dtype=case.dtype)
     pipe, call = case.made(small_tiles=False)
     device.reset_peak()
-    with torch.no_grad(), no_collection(), device.recording() as moves:
+    with torch.no_grad(), collector.off(), device.recording() as moves:
         if staged_encoding.is_in(case.steps):
             whole = saved.parts_of_case(case, pipe)
             found = staged.first(whole, case.steps, lambda _: [call], here, Quiet())

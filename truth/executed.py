@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import optimizers
+from engine import collector, optimizers
 from engine.dryrun import phases
-from engine.dryrun.record import no_collection
 from engine.optimizers import placing, staged_encoding
 from engine.optimizers.spec import Context
 from engine.run import staged, stages
@@ -70,7 +69,7 @@ def drawn(case: Case, calls: int) -> tuple[Seen, tuple[Call, ...]]:
     device.reset_peak()
     pipe, call = case.made()
     run = _run_in_stages if staged_encoding.is_in(case.steps) else _run
-    with torch.no_grad(), no_collection():
+    with torch.no_grad(), collector.off():
         watch, first, again = run(case, pipe, call, before)
         seen = Seen(phases=tuple(watch.phases), pinned_bytes=watch.pinned_bytes)
         made = [Call(first, seen.peak_bytes)]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import NoReturn
 
+from engine import collector
 from engine.cli.options import COMMANDS
 from engine.errors import INTERRUPTED_EXIT_CODE, DgRunError, UsageError
 from engine.words import did_you_mean, printable
@@ -64,6 +65,7 @@ def entry() -> NoReturn:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         os._exit(code)
+    collector.leave_what_is_there()
     sys.exit(code)
 
 

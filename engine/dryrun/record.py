@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import re
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engine import collector
 from engine.dryrun import kernels, phases
 from engine.dryrun.follow import Follower, Held
 from engine.dryrun.operators import Target
@@ -40,7 +40,7 @@ def record(
     steps = steps_marked(pipe, follower)
     parts = components(modules)  # as they are before the call, which may let go of some weights
     with torch.no_grad(), _autocast_knows_meta(), marked(modules, follower, ways), steps, Target(target), follower:
-        with no_collection():
+        with collector.off():
             pipe(**call)
     return trace(pipe, parts, follower)
 
@@ -49,18 +49,6 @@ def follower_of(modules: dict[str, nn.Module], target: str, held: Held | None = 
     """Return a follower of modules on meta that sees what `target` would hold."""
     weights = [t for m in modules.values() for t in (*m.parameters(), *m.buffers())]
     return Follower("meta", weights, held if target == "cuda" else None)
-
-
-@contextlib.contextmanager
-def no_collection() -> Iterator[None]:
-    """Keep Python's cycle collector from running: what a cycle holds would die at a moment that nothing determines."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 @contextlib.contextmanager

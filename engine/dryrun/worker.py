@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-from engine import optimizers
+from engine import collector, optimizers
 from engine.errors import DgRunError
 from engine.estimate import tracefile
 from engine.facts.model import Component, Defaults, Model
@@ -31,7 +31,8 @@ def main() -> None:
 
 
 def _answer(question: Mapping[str, Any], answers: BinaryIO) -> None:
-    from engine.dryrun import run
+    with collector.off():
+        from engine.dryrun import run
 
     content = b""
     try:

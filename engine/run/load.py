@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
-from engine import optimizers
+from engine import collector, optimizers
 from engine.errors import DgRunError, IncompatibleError, ModelError, NothingFitsError, OutOfMemoryError
 from engine.facts import classes, integrity
 from engine.facts.model import Model
@@ -82,7 +82,7 @@ def opened(plan: Plan, told: Progress, *, debug: bool = False) -> Iterator[Sourc
     """
     files = fetched(plan, told)
     with lock.held(plan.card, told.say), _LOADING:
-        with told.stage("starting torch and diffusers"), interrupt.held_back():
+        with told.stage("starting torch and diffusers"), interrupt.held_back(), collector.off():
             _before_start(plan)
             device.choose(plan)
             progress.settle_libraries(told, debug=debug)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from engine import collector
 from engine.facts.model import Model
 from engine.run.progress import Progress
 from engine.units import format_seconds, format_size
@@ -87,5 +88,6 @@ def twins(model: Model, dtype: str, absent: Iterable[str] = ()) -> dict[str, Any
     from engine.dryrun import build
 
     left_out = set(absent)
-    made = {n: build.component(model, n, getattr(torch, dtype)) for n in model.parts if n not in left_out}
+    with collector.off():  # their classes are imported
+        made = {n: build.component(model, n, getattr(torch, dtype)) for n in model.parts if n not in left_out}
     return {n: c for n, c in made.items() if isinstance(c, torch.nn.Module)}
