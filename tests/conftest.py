@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,10 +28,28 @@ GIB = 1024**3
 RTX_4090 = "GeForce RTX 4090"
 
 
+def pytest_collection_finish() -> None:
+    """What the libraries are made of is not looked through again at every `gc.collect()`."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of this process, with the dry runs and the answers of all that test side by side."""
+    own = tmp_path_factory.getbasetemp()
+    of_all = own.parent / "of all" if "PYTEST_XDIST_WORKER" in os.environ else own
+    (own / "cache").mkdir()
+    for name in ("traces", "estimates"):
+        (of_all / name).mkdir(parents=True, exist_ok=True)
+        (own / "cache" / name).symlink_to(of_all / name)
+    return own / "cache"
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache(cache: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the user's own cache, state and models out of the tests, and the network."""
-    monkeypatch.setenv("DG_RUN_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("DG_RUN_CACHE", str(cache))
     monkeypatch.setenv("DG_RUN_STATE", str(tmp_path_factory.getbasetemp() / "state"))
     monkeypatch.setenv("DG_RUN_CONFIG", str(tmp_path_factory.getbasetemp() / "config"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path_factory.getbasetemp() / "hub"))

@@ -66,7 +66,9 @@ def test_a_bound_is_never_more_than_the_replay(model: str) -> None:
     speed = clock.speeds(gpu)
     assert speed is not None
     steps_taken = request.steps
-    for (placed, placement), (beside, more) in itertools.product(PLACEMENTS.items(), BESIDE.items()):
+    every = itertools.product(PLACEMENTS.items(), BESIDE.items())
+    # Of the quick one a part: each placement, and each of what may be beside it.
+    for (placed, placement), (beside, more) in itertools.islice(every, 0, None, 3 if model == SMALL else 1):
         steps = [_step("dtype", value="bfloat16"), *more, *placement]
         taken = whole.estimate(trace, steps, gpu, dtype="bfloat16", denoising_steps=steps_taken, stored=stored)
         along = trace.along(way(steps))

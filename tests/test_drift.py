@@ -418,7 +418,9 @@ def test_a_check_says_when_it_no_longer_fits(locked: engine.Lock) -> None:
     assert (found.exit_code, found.fits) == (4, False)
 
 
-@pytest.mark.parametrize(("model", "free_gib"), [(None, 12), ("stabilityai/sdxl-turbo", 8), (FLUX, 16)])
+@pytest.mark.parametrize(
+    ("model", "free_gib"), [(None, 12), ("stabilityai/sdxl-turbo", 8), pytest.param(FLUX, 16, marks=pytest.mark.slow)]
+)
 def test_a_choice_that_only_free_memory_explains_is_no_failure(model: str | None, free_gib: float) -> None:
     # Locked where neighbours had much of the card and the host: with all of it free there is a better choice.
     made = lock.of(engine.resolve(model, hardware=with_card(free_gib)))

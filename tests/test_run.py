@@ -117,6 +117,7 @@ def test_the_pairs_that_the_guide_permits_work_together(pipe: Any, first: str, s
 def test_sliced_attention_keeps_the_picture_near(slices: str) -> None:
     """The embedded model is a transformer, which has none: a small random UNet."""
     pipe, call = pipelines.made("sd")
+    call |= {"height": 32, "width": 32}
 
     def picture() -> Any:
         return pipe(**call, generator=torch.Generator().manual_seed(0)).images
@@ -133,6 +134,7 @@ def test_sliced_attention_keeps_the_picture_near(slices: str) -> None:
 @pytest.mark.parametrize("placement", ["model_offload", "sequential_offload", "group_offload leaf"])
 def test_sliced_attention_and_the_offloads_work_together(placement: str) -> None:
     pipe, call = pipelines.made("sd")
+    call |= {"height": 32, "width": 32}
     applied(pipe, step("attention_slicing"))
     alone = pipe(**call, generator=torch.Generator().manual_seed(0)).images
     applied(pipe, ACTING[placement])

@@ -16,6 +16,7 @@ CARDS = sorted((Path(__file__).parent / "scenarios" / "cards").glob("*.yaml"))
 
 # Each of these replays for several seconds: `make slow` runs them.
 LONG = (
+    "flux-2048-on-24gib",
     "flux-4096-on-80gib",
     "flux-on-8gib-32gib-ram",
     "flux-on-a-t4",
@@ -32,9 +33,11 @@ LONG = (
     "sd35m-on-8gib-16gib-ram",
     "sdxl-2048-on-12gib",
     "sdxl-2048-on-24gib",
+    "sdxl-batch-of-four-on-12gib",
     "sdxl-busy-4090",
     "sdxl-on-8gib",
     "sdxl-on-8gib-little-ram",
+    "sdxl-requires-tiling",
 )
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import engine
-from engine import optimizers, prompts
+from engine import cli, optimizers, prompts
 from engine.dryrun import record
 from engine.errors import IncompatibleError, OutOfMemoryError, UsageError
 from engine.estimate import whole
@@ -33,6 +33,7 @@ from engine.run import items, runner, staged, stages
 from engine.run.progress import Quiet
 from engine.values import Step
 from tests import toys
+from tests.architectures import architectures
 from tests.conftest import machine
 from tests.evidence import small
 from truth import device, pipelines, saved
@@ -96,10 +97,7 @@ def test_pictures_of_a_staged_run_carry_what_they_were_made_with() -> None:
     assert {p.info["plan_digest"] for p in found} == {plan.digest}
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [a if a in ("flux", "sd3", "sdxl", "wan") else pytest.param(a, marks=pytest.mark.slow) for a in pipelines.ALL],
-)
+@pytest.mark.parametrize("architecture", architectures("flux", "sd3", "sdxl", "wan"))
 def test_every_architecture_draws_staged_what_it_draws_whole(architecture: str) -> None:
     """Loaded in stages from a folder, on the CPU.
 
@@ -321,7 +319,9 @@ def _components() -> dict[str, Any]:
     return {n: c for n, c in found.items() if isinstance(c, torch.nn.Module)}
 
 
-def test_ctrl_c_between_the_stages_exits_130_and_leaves_no_file(tmp_path: Path) -> None:
+def test_ctrl_c_between_the_stages_exits_130_and_leaves_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The interrupt comes where the first stage has ended and nothing of the second is loaded."""
     code = (
         "import signal, sys\n"
@@ -346,11 +346,11 @@ def test_ctrl_c_between_the_stages_exits_130_and_leaves_no_file(tmp_path: Path) 
     assert done.returncode == 130, done.stderr
     assert "encoding the prompts: done" in done.stderr and "Traceback" not in done.stderr
     assert [p for p in where.rglob("*") if p.is_file()] == []
-    command = [sys.executable, "-m", "engine", *command[3:], *arguments, "--seed", "3", "--output", "p.png"]
-    drawn = subprocess.run(command, cwd=where, env=env, capture_output=True, text=True, check=False)
-    assert drawn.returncode == 0, drawn.stderr
-    assert "encoded 1 prompt, and nothing of it is left" in drawn.stderr
-    assert drawn.stdout == "p.png\n"
+    monkeypatch.chdir(where)
+    assert cli.main([*command[3:], *arguments, "--seed", "3", "--output", "p.png"]) == 0
+    drawn = capsys.readouterr()
+    assert "encoded 1 prompt, and nothing of it is left" in drawn.err
+    assert drawn.out == "p.png\n"
 
 
 # What the host holds while components are loaded.
@@ -431,7 +431,7 @@ LOADED: dict[str, list[tuple[str, dict[str, Any]]]] = {
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells what of a process's memory is in no file")
-@pytest.mark.parametrize("name", LOADED)
+@pytest.mark.parametrize("name", [pytest.param("resident", marks=pytest.mark.slow), *list(LOADED)[1:]])
 def test_the_host_holds_at_most_what_is_predicted_while_it_loads(name: str, large_folder: Path) -> None:
     """Within a tenth: what the C library keeps of what it is given back, and what loading takes by the way.
 

@@ -24,9 +24,11 @@ PLACED = list(cases.every_placement())
 MIXED = list(cases.every_mixture())[::7]  # each mixture twice, each architecture once or twice; `make truth` runs all
 TILES = list(cases.every_tile())[::4] + list(cases.every_tile())[3::4]  # each architecture once
 CASTS = list(cases.every_cast())[::10] + list(cases.every_cast())[8::10]
-RANDOM = list(itertools.islice(cases.random_cases(SEED), 100))  # `make truth` runs thousands
+# Some of each architecture, others of each; `make truth` runs thousands.
+RANDOM = [c for i, n in enumerate(pipelines.ALL) for c in itertools.islice(cases.random_cases(SEED + i, [n]), 2)]
 STAGED = [c for c in cases.staged() if c.steps[-1].name != "model_offload"][::3]  # `make truth` runs those too
-JOBS = os.cpu_count() or 1
+# Where the tests run side by side, the cores have enough to do.
+JOBS = 1 if "PYTEST_XDIST_WORKER" in os.environ else os.cpu_count() or 1
 
 pytestmark = pytest.mark.skipif(
     shutil.which("c++") is None and "CI" not in os.environ, reason="the counted device takes a C++ compiler (c++)"
@@ -71,7 +73,6 @@ def test_tiles_of_another_size_hold_what_was_predicted(case: Case, parted: dict[
 
 def test_random_cases_hold_what_was_predicted(rows: dict[str, Row]) -> None:
     """Sizes, dtypes, casting, tiles, slices, fused projections, sliced attention, under any placement."""
-    assert {c.architecture for c in RANDOM} == set(pipelines.ALL)
     assert [(c.id, d) for c in RANDOM if (d := rows[c.id].differences)] == []
 
 
@@ -89,7 +90,7 @@ def test_staged_encoding_holds_what_was_predicted() -> None:
 
 
 def test_a_run_fits_its_predicted_peak_and_does_not_fit_less() -> None:
-    found = list(many.each(compare.bounded, RANDOM[:16], JOBS))
+    found = list(many.each(compare.bounded, RANDOM[::4], JOBS))
     assert [b.id for b in found if not b.with_room] == []
     assert [b.id for b in found if b.when_short] == []
 
@@ -105,10 +106,11 @@ def _drawn_with_a_vae_that_is_widened(name: str, dtype: str, steps: Sequence[Ste
     device.load()
     pipe, call = pipelines.made("sdxl")
     pipe.vae.register_to_config(force_upcast=True)
+    call |= {"height": 32, "width": 32}
     if name in TAKES_A_PICTURE:
-        given: dict[str, Any] = {"image": torch.zeros(1, 3, 64, 64), "strength": 0.5}
+        given: dict[str, Any] = {"image": torch.zeros(1, 3, 32, 32), "strength": 0.5}
         if name == "inpaint":
-            given["mask_image"] = torch.ones(1, 1, 64, 64)
+            given["mask_image"] = torch.ones(1, 1, 32, 32)
         pipe, call = TAKES_A_PICTURE[name](**pipe.components), {**call, **given, "num_inference_steps": 4}
         pipe.set_progress_bar_config(disable=True)
         if name == "img2img":

@@ -13,6 +13,7 @@ from engine import optimizers
 from engine.optimizers.spec import Context, NotApplied, denoisers
 from engine.run import applied, load
 from engine.run.progress import Quiet
+from tests.architectures import architectures
 from tests.test_run import ACTING, _stand_in, step
 from truth import pipelines
 
@@ -187,7 +188,6 @@ def test_what_loading_keeps_in_float32_is_neither_missed_nor_taken_for_an_error(
     assert look()
 
 
-FAST = ("sd", "wan")
 ON_ALL = {
     name: given
     for name, given in ACTING.items()
@@ -195,9 +195,7 @@ ON_ALL = {
 }
 
 
-@pytest.mark.parametrize(
-    "architecture", [pytest.param(n, marks=() if n in FAST else pytest.mark.slow) for n in pipelines.ALL]
-)
+@pytest.mark.parametrize("architecture", architectures("sd", "wan"))
 @pytest.mark.parametrize("name", ON_ALL)
 def test_what_is_expected_is_what_the_libraries_do_on_every_architecture(architecture: str, name: str) -> None:
     from engine.errors import IncompatibleError

@@ -159,11 +159,12 @@ def staged(architectures: Iterator[str] | None = None) -> Iterator[Case]:
         yield Case(architecture=name, steps=(_step("staged_encoding"), PLACEMENTS[placement]))
 
 
-def random_cases(seed: int) -> Iterator[Case]:
+def random_cases(seed: int, architectures: Iterable[str] | None = None) -> Iterator[Case]:
     """Yield random cases without end: the same ones for the same seed. What a rule refuses is not among them."""
     draw = random.Random(seed)
+    among = list(architectures or pipelines.ALL)
     while True:
-        name = draw.choice(list(pipelines.ALL))
+        name = draw.choice(among)
         casting, change = draw.choice(_CASTINGS), draw.choice(_CHANGES)
         steps = [change, casting, *(_step(n) for n in draw.choice(_WAYS)), draw.choice(list(PLACEMENTS.values()))]
         case = Case(

@@ -12,25 +12,20 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeVar
 
 import numpy as np
 
 from engine import compat, optimizers
-from engine.estimate.trace import Trace
-from engine.estimate.ways import way
 from engine.optimizers.spec import named
 from engine.values import FrozenDict, Step
 from truth import cases, pipelines, saved
 from truth.cases import Case
 from truth.executed import drawn
-from truth.predicted import predicted, trace
-
-K = TypeVar("K")
-V = TypeVar("V")
+from truth.kept import kept
+from truth.predicted import predicted
 
 CALLS = 2
 QUICK_FIRST = (
@@ -223,7 +218,7 @@ def compared(case: Case) -> Drawn:
     """Execute a case twice in a row, held against the plain pipeline and what is predicted. Raises: as `drawn`."""
     wanted = _plainly(plain(case))
     seen, calls = drawn(case, CALLS)
-    told = predicted(case, _trace(case))
+    told = predicted(case)
     return Drawn(
         id=case.id,
         architecture=case.architecture,
@@ -236,28 +231,10 @@ def compared(case: Case) -> Drawn:
 
 
 _plain: dict[str, np.ndarray] = {}
-_traced: dict[tuple[str, ...], Trace] = {}
-# What is dealt with one after the other is much alike: to keep a few is enough.
-_KEPT = 8
 
 
 def _plainly(case: Case) -> np.ndarray:
-    return _kept(_plain, case.id, lambda: drawn(case, 1)[1][0].picture)
-
-
-def _trace(case: Case) -> Trace:
-    """Return the trace of a case, which all have that compute alike, wherever their weights are."""
-    computing = map(str, optimizers.changing(case.steps))
-    key = (case.architecture, case.dtype, str(case.call), way(case.steps), *computing)
-    return _kept(_traced, key, lambda: trace(case))
-
-
-def _kept(among: dict[K, V], key: K, make: Callable[[], V]) -> V:
-    if key not in among:
-        if len(among) >= _KEPT:
-            del among[next(iter(among))]
-        among[key] = make()
-    return among[key]
+    return kept(_plain, case.id, lambda: drawn(case, 1)[1][0].picture)
 
 
 def _off(one: np.ndarray, other: np.ndarray) -> float:

@@ -15,11 +15,20 @@ from engine.estimate.trace import Trace
 from engine.estimate.ways import way
 from engine.estimate.whole import placed
 from truth.cases import Case
+from truth.kept import kept
 from truth.seen import Phase, Seen
+
+_traced: dict[tuple[str, ...], Trace] = {}
 
 
 def trace(case: Case) -> Trace:
-    """Return the trace of a case's pipeline and call. Placements are no matter to it."""
+    """Return the trace of a case's pipeline and call, which all have that compute alike, wherever their weights are."""
+    computing = map(str, optimizers.changing(case.steps))
+    key = (case.architecture, case.dtype, str(case.call), way(case.steps), *computing)
+    return kept(_traced, key, lambda: _recorded(case))
+
+
+def _recorded(case: Case) -> Trace:
     pipe, call = case.made()
     for component in pipe.components.values():
         if isinstance(component, torch.nn.Module):
@@ -32,9 +41,9 @@ def trace(case: Case) -> Trace:
     return record.record(pipe, call, "cuda", [wanted] if wanted else [], held=None)
 
 
-def predicted(case: Case, traced: Trace | None = None) -> Seen:
+def predicted(case: Case) -> Seen:
     """Return what a case should hold, in bytes as they are asked for: no allocator rounds them, no library adds any."""
-    along = (traced or trace(case)).along(way(case.steps))
+    along = trace(case).along(way(case.steps))
     placement = placed(along, case.steps, case.dtype)
     made = stream.build(along, placement)
     names = _names(along, placement)
