@@ -410,7 +410,8 @@ def test_what_libraries_say_is_kept_without_this_machines_folders() -> None:
 
 
 def test_planning_and_reporting_need_no_torch(tmp_path: Path) -> None:
-    file = write(tmp_path, "r.jsonl", "".join(json.dumps(r) + "\n" for r in gpu_records.records()[:4]))
+    made = gpu_records.record("exact/SDXL/1024x1024/4steps/float16/resident", measured=gpu_records.measured(8.0, 1.0))
+    file = write(tmp_path, "r.jsonl", json.dumps(made) + "\n")
     code = (
         "import sys; from bench.gpu import __main__ as m; "
         f"m.main(['list']); m.main(['report', {str(file)!r}]); print('torch' in sys.modules)"
