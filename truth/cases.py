@@ -34,13 +34,15 @@ class Case:
         return ", ".join(filter(None, (self.architecture, self.dtype, sizes, *map(str, self.steps))))
 
     def made(self, *, small_tiles: bool = True) -> tuple[Any, dict[str, Any]]:
-        """Return its pipeline on the CPU, in its dtype, and the arguments of its call; `small_tiles` as there."""
+        """Return its pipeline on the CPU, as it is loaded in its dtype, and its call; `small_tiles` as there."""
         import torch
+
+        from engine.dryrun import build
 
         pipe, usual = pipelines.made(self.architecture, small_tiles=small_tiles)
         for component in pipe.components.values():
             if isinstance(component, torch.nn.Module):
-                component.to(getattr(torch, self.dtype))
+                build.as_loaded(component, getattr(torch, self.dtype)).requires_grad_(False)
         return pipe, usual | dict(self.call)
 
 

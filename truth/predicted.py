@@ -57,6 +57,12 @@ def predicted(case: Case) -> Seen:
     return Seen(phases=phases, pinned_bytes=placement.bytes_of(placement.pinned()) + in_turn)
 
 
+def later_peak_bytes(case: Case) -> int:
+    """Return the most that a case should hold in any call after its first."""
+    along = trace(case).along(way(case.steps))
+    return stream.later_peak_bytes(stream.build(along, placed(along, case.steps, case.dtype)), 1)
+
+
 def _names(along: Trace, placement: Placement) -> dict[int, list[str]]:
     """Return the names of the weights in each slot; tied ones share it."""
     found: dict[int, list[str]] = {}

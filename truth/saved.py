@@ -42,8 +42,7 @@ def parts_of(pipe: Any, where: Path, dtype: str, loaded: Loaded | None = None) -
         for name, component in made.components.items():
             if not isinstance(component, torch.nn.Module) or any(component is g for g in given.values()):
                 continue
-            # As `pipelines.made` has it, whose dry run predicts: of buffers that are not saved, too.
-            component.requires_grad_(False).to(getattr(torch, dtype))
+            component.requires_grad_(False)
             if loaded is not None and component not in known:
                 known.add(component)
                 loaded(name, component)

@@ -270,6 +270,28 @@ def peaks(stream: Stream, granule_bytes: int = CUDA_GRANULE_BYTES) -> tuple[Phas
     return tuple(found)
 
 
+def later_peak_bytes(stream: Stream, granule_bytes: int = CUDA_GRANULE_BYTES) -> int:
+    """Return the most bytes on the device at once in a call after the first, which loads nothing.
+
+    What is left of the first one is there from its beginning, where that made it as it went on: tables that a model
+    keeps (of positions, say), workspaces of libraries. Where weights are is what it was in the first.
+    """
+    rounded = [-(-s // granule_bytes) * granule_bytes for s in stream.sizes]
+    gone = {-key for key in stream.events if key < 0}
+    left = {k for k in range(1, len(rounded)) if stream.kinds[k] != WEIGHT and k not in gone}
+    loaded = max(i for i, (_, name) in enumerate(stream.marks) if name in (LOADING, NEXT_LOADING))
+    called = stream.marks[loaded + 1][0] if loaded + 1 < len(stream.marks) else len(stream.events)
+    total, most = sum(rounded[k] for k in left), 0
+    for at, key in enumerate(stream.events):
+        if key < 0:
+            total -= rounded[-key]
+        elif key not in left:
+            total += rounded[key]
+        if at >= called and total > most:
+            most = total
+    return most
+
+
 def peak_bytes(phases: Sequence[PhasePeak]) -> int:
     """Return the most bytes on the device at once."""
     return max(p.peak_bytes for p in phases)

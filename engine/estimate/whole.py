@@ -120,6 +120,8 @@ def estimate(
     how: dict[str, Any] = {"aside": usual.aside, "expandable_segments": _step(steps, "allocator") is not None}
     reserved = allocator.replay(usual.events, usual.sizes, marks=[i for i, _ in usual.marks], **how)
     required = allocator.required_bytes(usual.events, usual.sizes, frozenset(usual.optional), **how)
+    # A run may be of several calls, and is to end with as much room as it began with.
+    required += max(0, stream.later_peak_bytes(usual) - stream.peak_bytes(stream.peaks(usual)))
     context = workspaces.context_bytes(capability, calibration, copies_aside=bool(usual.aside))
     host = host_bytes(along, make(), stored, dtype)
     is_tf32 = _step(steps, "tf32") is not None

@@ -5,6 +5,7 @@
 // seen here; where CUDA's *results* differ from the CPU's, the operator is written below by hand.
 #include "ledger.h"
 
+#include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -287,15 +288,21 @@ Tensor longer_mask(const Tensor& mask) {
 }
 
 // Which attention CUDA would take, from compute capability 8.0 on: flash for half precision without a mask, the
-// memory-efficient kernel for what is aligned to 16 bytes, else step by step. (sdp_utils.cpp of torch 2.13.)
+// memory-efficient kernel for what is aligned to 16 bytes, else step by step; kernels can be ruled out
+// (`torch.nn.attention.sdpa_kernel`). (sdp_utils.cpp of torch 2.13.)
 enum class Attention { kSteps, kFlash, kEfficient };
 
 Attention attention(const Tensor& q, const Tensor& k, const Tensor& v, bool has_mask) {
   if (q.dim() != 4 || q.size(3) != v.size(3)) return Attention::kSteps;
+  const at::Context& torch_says = at::globalContext();
   const bool is_half = q.scalar_type() == at::kHalf || q.scalar_type() == at::kBFloat16;
-  if (is_half && !has_mask && q.size(3) <= 256) return Attention::kFlash;
+  const bool is_cudnns = torch_says.userEnabledCuDNNSDP() && is_half && q.size(3) % 8 == 0 && q.size(3) <= 256;
+  const bool has_flash = torch_says.userEnabledFlashSDP() || is_cudnns;
+  const bool has_efficient = torch_says.userEnabledMemEfficientSDP() || is_cudnns;
+  if (has_flash && is_half && !has_mask && q.size(3) <= 256) return Attention::kFlash;
   if (q.size(1) != k.size(1)) return Attention::kSteps;  // only the flash kernel shares keys among heads
-  return q.size(3) * static_cast<int64_t>(q.element_size()) % 16 == 0 ? Attention::kEfficient : Attention::kSteps;
+  const bool is_whole = q.size(3) * static_cast<int64_t>(q.element_size()) % 16 == 0;
+  return has_efficient && is_whole ? Attention::kEfficient : Attention::kSteps;
 }
 
 int64_t choose_attention(
