@@ -28,8 +28,9 @@ GIB = 1024**3
 RTX_4090 = "GeForce RTX 4090"
 
 
-def pytest_collection_finish() -> None:
-    """What the libraries are made of is not looked through again at every `gc.collect()`."""
+@pytest.fixture(scope="module", autouse=True)
+def _others_left_alone() -> None:
+    """What the libraries and earlier tests hold is not looked through again at every `gc.collect()` of a run."""
     gc.collect()
     gc.freeze()
 
