@@ -93,6 +93,7 @@ def test_a_bound_is_never_more_than_the_replay(model: str) -> None:
             assert least.seconds == pytest.approx(taken.seconds, abs=0.002), case
 
 
+@pytest.mark.slow
 def test_a_faster_bus_never_makes_a_run_slower() -> None:
     model = FLUX
     known, request = facts.find(model), _request(model)

@@ -61,7 +61,8 @@ def test_one_combination_in_ten_is_held_out() -> None:
     assert {s for _, s, _ in held_out} == set(SHAPES)
 
 
-@pytest.mark.parametrize("tiling", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tiling", [False, True])
 def test_held_out_prompts_are_obeyed(pipe: Any, tiling: bool) -> None:
     if tiling:
         pipe.vae.enable_tiling()

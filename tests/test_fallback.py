@@ -116,7 +116,9 @@ def test_a_run_goes_down_where_the_device_is_too_small_and_draws_the_same(share:
     """`share` of the weights: enough for one component at a time, or not even for that."""
     plan, told = beginning_with("resident"), Heard()
     sizes = [small.nbytes(c) for c in _modules(plan)]
-    with device.capacity(device.counts().live_bytes + round(share * sum(sizes))):
+    gc.collect()
+    before = device.counts().live_bytes
+    with device.capacity(before + round(share * sum(sizes))):
         found = run(plan, 1, told)
     assert all(np.array_equal(a, b) for (_, a), b in zip(found, plain, strict=False))
     downs = [line for line in told.lines if line.startswith("going down, ")]
@@ -124,7 +126,7 @@ def test_a_run_goes_down_where_the_device_is_too_small_and_draws_the_same(share:
     assert len(downs) == (1 if share > 0.9 else 2)
     assert "8.00 GiB are free now" in downs[0]
     gc.collect()
-    assert device.counts().live_bytes == 0
+    assert device.counts().live_bytes <= before
 
 
 def _modules(plan: Plan) -> list[Any]:

@@ -238,6 +238,7 @@ print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.st
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the most that was resident is read as Linux tells it")
 def test_a_long_video_takes_little_memory_on_the_host() -> None:
     """Its pictures alone would be 1.3 GiB, and were held twice. torch and the libraries are 0.36 GiB."""

@@ -102,6 +102,19 @@ def test_model_offload_keeps_what_is_not_the_direct_predecessor() -> None:
     assert found["denoise"] == 300 + 3010 + 5 + 47
 
 
+def test_a_later_call_begins_with_what_the_first_one_left() -> None:
+    """A table of 31 bytes, made and kept by the net: the second time it is there while the text is encoded."""
+    text = component("text", module("text.a", 5000))
+    once = ("=denoise", "net", "net.a", "31", "/net.a", "/net")
+    toy = trace([text, NET, VAE], *ONCE, *once, *LAST)
+    made = stream.build(toy, placements.ModelOffload(toy))
+    assert stream.peak_bytes(stream.peaks(made, 1)) == 5000 + 5
+    assert stream.later_peak_bytes(made, 1) == 5000 + 5 + 31
+    nothing_left = trace([text, NET, VAE], *WHOLE)
+    made = stream.build(nothing_left, placements.ModelOffload(nothing_left))
+    assert stream.later_peak_bytes(made, 1) == stream.peak_bytes(stream.peaks(made, 1))
+
+
 def test_an_excluded_component_is_there_for_good() -> None:
     checker = component("checker", module("checker.a", 50))
     toy = trace([TEXT, NET, VAE, checker], *WHOLE, excluded=("checker",))

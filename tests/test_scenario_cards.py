@@ -23,6 +23,7 @@ LONG = (
     "flux-on-mig-10gib",
     "flux-on-6gib",
     "flux-schnell-on-12gib",
+    "flux-staged-on-12gib-32gib-ram",
     "pixart-on-8gib",
     "pixart-staged-on-12gib-16gib-ram",
     "qwen-on-12gib",
@@ -38,6 +39,8 @@ LONG = (
     "sdxl-on-8gib",
     "sdxl-on-8gib-little-ram",
     "sdxl-requires-tiling",
+    "wan-on-48gib",
+    "wan-on-8gib",
 )
 
 

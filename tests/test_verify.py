@@ -195,7 +195,7 @@ ON_ALL = {
 }
 
 
-@pytest.mark.parametrize("architecture", architectures("sd", "wan"))
+@pytest.mark.parametrize("architecture", architectures("wan"))
 @pytest.mark.parametrize("name", ON_ALL)
 def test_what_is_expected_is_what_the_libraries_do_on_every_architecture(architecture: str, name: str) -> None:
     from engine.errors import IncompatibleError

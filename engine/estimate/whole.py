@@ -138,7 +138,7 @@ def estimate(
     return Estimate(
         peak_allocated_bytes=reserved.peak_allocated_bytes,
         peak_reserved_bytes=reserved.peak_reserved_bytes,
-        device_bytes=reserved.peak_reserved_bytes + context,
+        device_bytes=max(reserved.peak_reserved_bytes, required) + context,
         required_bytes=required + context,
         host=host,
         host_bytes=(host.anonymous_bytes or 0) + (host.pinned_bytes or 0),
