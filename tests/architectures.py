@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from truth import pipelines
 
 
-def architectures(*quick: str) -> list[Any]:
-    """Return every architecture as a parameter; all but these are slow."""
-    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in pipelines.ALL]
+def architectures(*quick: str, without: Collection[str] = ()) -> list[Any]:
+    """Return every architecture as a parameter; all but the quick ones are slow."""
+    every = [n for n in pipelines.ALL if n not in without]
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in every]
