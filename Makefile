@@ -22,7 +22,7 @@ demo: $(STAMP) ## draw a picture with the embedded model: outputs/demo.png
 test: $(STAMP) ## run the tests (under 8 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-slow: $(STAMP) ## run the checks that build environments and draw hundreds of pictures
+slow: $(STAMP) ## run the checks that take long: every architecture and pair, environments, hundreds of pictures (hours)
 	$(BIN)/python -m pytest -m slow
 
 truth: $(STAMP) ## execute 2,000 runs on the counted device and hold them against what is predicted (some 20 minutes)
