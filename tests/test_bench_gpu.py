@@ -133,6 +133,7 @@ def test_what_would_be_no_use_is_not_run() -> None:
     assert seen.because.startswith("vae_tiling would have no effect")
 
 
+@pytest.mark.slow
 def test_a_refusal_of_dg_run_is_an_answer() -> None:
     seen = predict.outlook(gpu_records.case("chosen/Qwen-Image/1328x1328/4steps/8GiB"), gpu_records.hardware())
     assert seen.plan is not None

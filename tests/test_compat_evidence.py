@@ -204,7 +204,13 @@ def test_a_denoiser_that_fuses_computes_with_the_fused_weights(name: str) -> Non
 TINY = {"UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel", "PixArtTransformer2DModel"}
 
 
-@pytest.mark.parametrize("cls", sorted(attention.FUSES - TINY - {"WanTransformer3DModel"}))
+@pytest.mark.parametrize(
+    "cls",
+    [
+        c if i % 2 else pytest.param(c, marks=pytest.mark.slow)
+        for i, c in enumerate(sorted(attention.FUSES - TINY - {"WanTransformer3DModel"}))
+    ],
+)
 def test_the_classes_that_are_said_to_fuse_compute_so_in_a_dry_run(cls: str) -> None:
     model, name = OF_CLASS[cls]
     frames = None if model.defaults.frames is None else 9

@@ -165,6 +165,7 @@ def test_connections_that_break_go_on_where_they_were(hub: Hub, tmp_path: Path) 
     assert hub.sent["tiny/cut"] < sum(map(len, WHOLE.values())) + SMALL_BYTES
 
 
+@pytest.mark.slow
 def test_a_hub_that_never_sends_the_whole_of_a_file_is_given_up(hub: Hub, tmp_path: Path) -> None:
     code, _, err = _fetch(hub, tmp_path, "tiny/never", HF_HUB_DOWNLOAD_TIMEOUT="1", HF_HUB_ETAG_TIMEOUT="1")
     assert code == 5 and "Traceback" not in err

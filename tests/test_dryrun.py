@@ -85,7 +85,7 @@ def to_meta(pipe: Any) -> None:
 HOST_TABLES = ("qwen_image", "lumina2")
 
 
-@pytest.mark.parametrize("name", architectures("sd", "sd3", "pixart", "wan", "flux", "sana", without=HOST_TABLES))
+@pytest.mark.parametrize("name", architectures("sd", "sd3", "wan", "flux", without=HOST_TABLES))
 def test_a_dry_run_holds_what_a_real_run_holds_event_by_event(name: str) -> None:
     pipe, call = pipelines.made(name)
     truth = story(real(pipe, call))

@@ -136,7 +136,7 @@ def test_an_inpainting_pipeline_gets_a_picture_and_a_mask_and_encodes_both() -> 
     ("name", "shapes"),
     [
         ("kandinsky-community/kandinsky-2-2-decoder", {"image_embeds": (1, 1280), "negative_image_embeds": (1, 1280)}),
-        ("stabilityai/stable-cascade", {"image_embeddings": (1, 16, 12, 18)}),
+        pytest.param("stabilityai/stable-cascade", {"image_embeddings": (1, 16, 12, 18)}, marks=pytest.mark.slow),
     ],
 )
 def test_a_decoder_gets_what_its_prior_would_have_made(name: str, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -156,6 +156,7 @@ def test_a_prior_gives_tensors() -> None:
     assert starts(record.record(pipe, asked, "cuda"), "prior") == 2
 
 
+@pytest.mark.slow
 def test_a_model_that_looks_at_the_picture_while_encoding_really_looks() -> None:
     found, pipe = catalogued("Qwen/Qwen-Image-Edit")
     trace = record.record(pipe, inputs.call(found, pipe, height=512, width=512, steps=2), "cuda")

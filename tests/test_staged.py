@@ -431,9 +431,8 @@ LOADED: dict[str, list[tuple[str, dict[str, Any]]]] = {
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells what of a process's memory is in no file")
-@pytest.mark.parametrize(
-    "name", [n if n == "staged, resident" else pytest.param(n, marks=pytest.mark.slow) for n in LOADED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOADED)
 def test_the_host_holds_at_most_what_is_predicted_while_it_loads(name: str, large_folder: Path) -> None:
     """Within a tenth: what the C library keeps of what it is given back, and what loading takes by the way.
 

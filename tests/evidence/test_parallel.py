@@ -108,6 +108,7 @@ def _raised(act: Any) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.rule(
     "context-parallel-before-model-offload",
     "context-parallel-twice",
