@@ -20,7 +20,7 @@ from engine.values import Gpu, Hardware, Host
 
 # How long an example takes is no property of the code: machines that test are busy.
 _CHECKS = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("dg-run", max_examples=50, **_CHECKS)  # type: ignore[arg-type]
+settings.register_profile("dg-run", max_examples=30, **_CHECKS)  # type: ignore[arg-type]
 settings.register_profile("thorough", max_examples=400, **_CHECKS)  # type: ignore[arg-type]
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dg-run"))
 

@@ -319,6 +319,7 @@ def _components() -> dict[str, Any]:
     return {n: c for n, c in found.items() if isinstance(c, torch.nn.Module)}
 
 
+@pytest.mark.slow
 def test_ctrl_c_between_the_stages_exits_130_and_leaves_no_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
