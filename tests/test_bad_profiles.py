@@ -31,9 +31,7 @@ HEAD = "schema: dg-run/profile@1\nname: a\nversion: 1.0.0\nsummary: x\n"
 LIST = "optimizers: [resident]\n"
 BASE = HEAD.replace("name: a", "name: base") + "optimizers: [dtype: auto, vae_slicing, model_offload]\n"
 CHILD = HEAD + "extends: base\n"
-SECONDS = (
-    2.0  # of this process, which beside others takes nearly twice as long as alone; a bomb that went off takes minutes
-)
+SECONDS = 1.0
 
 
 def head(**changed: str) -> str:
@@ -518,12 +516,13 @@ def test_bombs_cost_little(tmp_path: Path) -> None:
     texts = write(tmp_path, "bombs.json", json.dumps(bombs()))
     warm = write(tmp_path, "warm.yaml", HEAD)
     command = [sys.executable, "-c", IN_A_SMALL_PROCESS, str(texts), str(warm)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stderr
-    found, grown_kib = json.loads(done.stdout)
+    ran = [subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1]) for _ in range(2)]
+    assert [done.returncode for done in ran] == [0, 0], ran[0].stderr + ran[1].stderr
+    (found, grown_kib), (again, _) = (json.loads(done.stdout) for done in ran)
     for name, (seconds, length, said) in found.items():
         assert said != "valid", name
-        assert seconds < SECONDS, (name, seconds)
+        # The quicker of two: a worker beside this one was seen to make 0.69 s of the dearest into 1.007.
+        assert min(seconds, again[name][0]) < SECONDS, (name, seconds, again[name][0])
         assert length < 100_000, name
         assert "bomb.yaml:" in said, name
     assert grown_kib < 100 * 1024

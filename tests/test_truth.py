@@ -28,7 +28,7 @@ TILES = list(cases.every_tile())[::4] + list(cases.every_tile())[3::4]  # each a
 CASTS = list(cases.every_cast())[::10] + list(cases.every_cast())[8::10]
 # Another one of each architecture; `make truth` runs thousands.
 RANDOM = [next(cases.random_cases(SEED + i, [n])) for i, n in enumerate(pipelines.ALL)]
-STAGED = [c for c in cases.staged() if c.steps[-1].name != "model_offload"][::4]  # `make truth` runs those too
+STAGED = [c for c in cases.staged() if c.steps[-1].name != "model_offload"][::3]  # `make truth` runs those too
 # Where the tests run side by side, the cores have enough to do.
 JOBS = 1 if "PYTEST_XDIST_WORKER" in os.environ else os.cpu_count() or 1
 
@@ -91,7 +91,7 @@ def test_staged_encoding_holds_what_was_predicted() -> None:
     second stage in a run: small pipelines show it in a phase that is not the peak.
     """
     found = list(many.each(compare.compared, STAGED, JOBS))
-    assert len({r.case.architecture for r in found}) >= len(pipelines.ALL) / 2
+    assert len({r.case.architecture for r in found}) > len(pipelines.ALL) / 2
     assert [(r.case.id, r.error) for r in found if r.error] == []
     assert [(r.case.id, r.differences) for r in found if abs(r.worst_phase_error) > 0.07] == []
     assert [d for r in found for d in r.differences if "bytes were predicted" not in d] == []
