@@ -28,7 +28,8 @@ from engine.units import MIB
 from engine.values import GpuProcess, Hardware, Note
 from tests.conftest import GIB, RTX_4090, card, machine
 from tests.evidence import small
-from truth import device
+from truth import cases, device
+from truth.cases import Case
 
 needs_device = pytest.mark.skipif(
     shutil.which("c++") is None and "CI" not in os.environ, reason="the counted device takes a C++ compiler (c++)"
@@ -224,6 +225,26 @@ def test_nothing_of_a_try_that_ran_out_of_memory_is_left_when_the_next_begins(
     (remembered,) = [r for r in history.read(UUID) if r.out_of_memory]
     assert remembered.optimizers == tuple(map(str, plan.optimizers))
     assert remembered.room_bytes == plan.budget_bytes
+
+
+@needs_device
+def test_tables_that_a_class_keeps_of_a_pipeline_that_is_gone_are_given_back() -> None:
+    """Qwen-Image's, which the library keeps under `functools.lru_cache`: see `engine/run/tables.py`."""
+
+    def drawn() -> None:
+        case = Case(architecture="qwen_image", steps=(cases.PLACEMENTS["resident"],))
+        pipe, call = case.made()
+        pipe.to(device.NAME)
+        pipe(**call, generator=torch.Generator().manual_seed(0))
+
+    device.load()
+    run_device.release(device.NAME)
+    before = device.counts().live_bytes
+    drawn()
+    gc.collect()
+    assert device.counts().live_bytes - before > 100_000
+    run_device.release(device.NAME)
+    assert device.counts().live_bytes == before
 
 
 # What is told, and where it ends. Nothing is loaded from here on.

@@ -156,6 +156,7 @@ LAYERS = [
     "engine.run.download",
     "engine.run.interrupt",
     "engine.run.accelerator",
+    "engine.run.tables",
     "engine.run.device",
     "engine.run.lock",
     "engine.run.parts",

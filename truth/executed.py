@@ -16,7 +16,7 @@ from engine import collector, optimizers
 from engine.dryrun import phases
 from engine.optimizers import placing, staged_encoding
 from engine.optimizers.spec import Context
-from engine.run import staged, stages
+from engine.run import staged, stages, tables
 from engine.run.progress import Quiet
 from truth import device, saved
 from truth.cases import Case
@@ -64,6 +64,7 @@ def drawn(case: Case, calls: int) -> tuple[Seen, tuple[Call, ...]]:
     Raises: as `executed`.
     """
     device.load()
+    tables.forget()
     gc.collect()
     before = device.counts().live_bytes
     device.reset_peak()

@@ -9,6 +9,7 @@ import sys
 from engine.errors import HardwareError
 from engine.plan import Plan
 from engine.probe import nvml
+from engine.run import tables
 
 
 def choose(plan: Plan) -> None:
@@ -119,6 +120,7 @@ def reserved_bytes(device: str) -> int:
 
 def release(device: str) -> None:
     """Give back everything that nothing holds any more, on the card and of the pinned memory of the host."""
+    tables.forget()
     gc.collect()
     empty_cache(device)
     if is_started(device):

@@ -27,6 +27,7 @@ from engine.run import (
     remember,
     staged,
     stages,
+    tables,
     world,
 )
 from engine.run.fallback import Descent
@@ -107,6 +108,7 @@ def run(
     """
     told = told or Quiet()
     load.refuse_unfit(plan)
+    tables.forget()  # those of an earlier run in this process
     descent, number, done = Descent(told), len(wanted), 0
     while done < number:
         lost = ready = None
