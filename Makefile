@@ -5,6 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# The tests start hundreds of Python processes; without bytecode each would compile the package again.
+test slow truth: export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test truth lint slow bench bench-gpu bench-gpu-dry schemas model wheel clean help
 
 help: ## show this list
@@ -20,7 +23,7 @@ demo: $(STAMP) ## draw a picture with the embedded model: outputs/demo.png
 	@echo "  $(BIN)/dg-run --auto --model black-forest-labs/FLUX.1-schnell --prompt \"a lighthouse at dusk\""
 
 test: $(STAMP) ## run the tests (some 8 to 9 minutes on 2 cores)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: $(STAMP) ## run the checks that take long: every architecture and pair, environments, hundreds of pictures (hours)
 	$(BIN)/python -m pytest -m slow

@@ -19,6 +19,8 @@ from engine.facts.model import Component, Model
 from engine.values import FrozenDict, Step
 from tests.conftest import card, machine
 
+pytestmark = pytest.mark.usefixtures("no_estimates")
+
 ROWS = {
     # The guide's compatibility matrix, cell by cell: which pairs go together.
     "vae_slicing": {"model_offload": True, "sequential_offload": True, "group_offload": True, "xdit": True},
