@@ -166,6 +166,7 @@ LAYERS = [
     "engine.run.applied",
     "engine.run.callers",
     "engine.run.fuse",
+    "engine.run.lacking",
     "engine.run.load",
     "engine.run.staged",
     "engine.run.remember",

@@ -21,7 +21,7 @@ from engine.optimizers.spec import Context, NotApplied
 from engine.optimizers.spec import modules as optimizer_modules
 from engine.plan import Plan
 from engine.prompts import MAX_SEED
-from engine.run import device, items, load
+from engine.run import device, items, lacking, load
 from engine.run.progress import Quiet
 from tests.conftest import card, draw, machine
 from truth import pipelines
@@ -438,17 +438,39 @@ def test_every_component_is_told_with_its_bytes_as_it_is_loaded() -> None:
         assert re.fullmatch(rf"  {name}: [\d.]+ [KM]iB in [\d.]+ m?s", line), line
 
 
-def test_weights_that_no_file_holds_are_named(tmp_path: Path) -> None:
+def without(folder: Path, name: str) -> None:
+    """Take a tensor out of a folder's file of weights."""
     from safetensors.torch import load_file, save_file
 
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    del weights[name]
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("component", "name"),
+    [("transformer", "x_embedder.bias"), ("text_encoder_2", "encoder.block.0.layer.0.SelfAttention.q.weight")],
+)
+def test_weights_that_no_file_holds_are_named(component: str, name: str, tmp_path: Path) -> None:
+    """diffusers would leave them empty, and transformers would draw them at random."""
     folder = tmp_path / "model"
     shutil.copytree(Path(engine.__file__).parent / "embedded" / "tiny-flux", folder)
-    (file,) = (folder / "transformer").glob("*.safetensors")
-    weights = load_file(file)
-    del weights["x_embedder.bias"]
-    save_file(weights, file)
-    with pytest.raises(ModelError, match=r"files of transformer lack 1 of its weights, such as x_embedder\.bias"):
+    without(folder / component, name)
+    with pytest.raises(ModelError, match=rf"files of {component} lack 1 of its weights, such as {re.escape(name)}"):
         engine.resolve(str(folder), device="cpu").load()
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"), [("lm_head.weight", []), ("model.norm.weight", ["model.language_model.norm.weight"])]
+)
+def test_a_head_is_not_asked_of_a_text_encoder(name: str, lost: list[str], tmp_path: Path) -> None:
+    encoder = pipelines.made("qwen_image")[0].text_encoder
+    encoder.save_pretrained(tmp_path)
+    without(tmp_path, name)
+    with lacking.told() as heard:
+        loaded = type(encoder).from_pretrained(tmp_path)
+    assert heard.of(loaded) == lost
 
 
 def test_models_are_made_one_after_another_in_a_process() -> None:

@@ -16,7 +16,7 @@ from engine.facts.model import Model
 from engine.optimizers import placing, staged_encoding
 from engine.optimizers.spec import Context, NotApplied, modules, on
 from engine.plan import Plan
-from engine.run import applied, callers, device, download, fuse, interrupt, lock, parts, progress
+from engine.run import applied, callers, device, download, fuse, interrupt, lacking, lock, parts, progress
 from engine.run.download import Local
 from engine.run.parts import Parts
 from engine.run.progress import Progress, Quiet
@@ -167,9 +167,10 @@ def _from_pretrained(plan: Plan, files: Local, given: Mapping[str, Any], other_c
         arguments["variant"] = files.variant
     arguments |= dict(given) | dict(plan.request.components)  # None: not loaded
     try:
-        pipe = made_by.from_pretrained(
-            files.folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, **arguments
-        )
+        with lacking.told() as heard:
+            pipe = made_by.from_pretrained(
+                files.folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, **arguments
+            )
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError("the device ran out of memory while loading", str(error).splitlines()[0]) from error
     except (
@@ -184,19 +185,19 @@ def _from_pretrained(plan: Plan, files: Local, given: Mapping[str, Any], other_c
             " ".join(str(error).split())[:400] or type(error).__name__,
             "check the directory or download it again; --debug shows the libraries' own words",
         ) from error
-    _refuse_empty(plan, pipe, given)
+    _refuse_lacking(plan, pipe, given, heard)
     return pipe
 
 
-def _refuse_empty(plan: Plan, pipe: Any, given: Collection[str]) -> None:
-    """Refuse weights that no file held, which diffusers 0.42 leaves on meta with a notice. Raises: ModelError."""
+def _refuse_lacking(plan: Plan, pipe: Any, given: Collection[str], heard: lacking.Told) -> None:
+    """Refuse weights that no file held. Raises: ModelError."""
     for name, module in modules(pipe).items():
         if name in given:
             continue
-        if empty := [n for n, p in module.named_parameters() if p.is_meta]:
+        if lost := heard.of(module):
             raise ModelError(
                 f"the model {plan.request.model} is incomplete",
-                f"the files of {name} lack {len(empty)} of its weights, such as {empty[0]}",
+                f"the files of {name} lack {len(lost)} of its weights, such as {lost[0]}",
                 "they are of another version of the model, or damaged: download the model again",
             )
 
