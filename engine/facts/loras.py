@@ -32,7 +32,7 @@ _WEIGHT = re.compile(r"(?P<path>.*):(?P<weight>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-
 _ON_THE_HUB = re.compile(
     r"(?P<id>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?P<file>/(?!.*\.\.)[\w./ -]+\.safetensors)?\Z", re.ASCII
 )
-_ACTS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down", "lora_linear_layer")
+_ACTS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down", "lora_linear_layer", "_lora1.", "_lora2.")
 _DOWN = ("lora_A", "lora_down", "lora.down")
 _OTHER_KINDS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT"}
 _TEXT = ("text_encoder", "lora_te", "te_", "te1_", "te2_")

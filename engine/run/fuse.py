@@ -27,6 +27,7 @@ from engine.words import listing
 
 _BAND_BYTES = 8 * 1024**2
 """What is computed of a weight at a time, in float32."""
+_OLD = re.compile(r"\.to_(q|k|v|out)_lora\.")
 _OF_A_LAYER = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight\Z")
 
 
@@ -111,8 +112,11 @@ def _state(file: Path, model: Model, twins: Mapping[str, Any], pipeline_class: s
         state, *rest = read(
             str(file.parent), weight_name=file.name, use_safetensors=True, local_files_only=True, **more
         )
-    except (ValueError, KeyError, RuntimeError, AttributeError, TypeError, OSError, SafetensorError) as error:
-        said = " ".join(str(error).split())[:200] or type(error).__name__
+    except (
+        *(ValueError, LookupError, AssertionError, RuntimeError, AttributeError, TypeError, OSError),
+        SafetensorError,
+    ) as error:
+        said = " ".join(str(error).split())[:200] or f"diffusers does not know its layers ({type(error).__name__})"
         raise loras.foreign(str(file), model.id, pipeline_class, loras.made_for(loras.checked(file)), said) from error
     return state, rest[0] if len(rest) == 2 else None, rest[-1]
 
@@ -122,17 +126,21 @@ def _of(values: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
 
 
 def _spelt(state: dict[str, Any], twin: Any) -> dict[str, Any]:
-    """Return a component's part of a LoRA with layers called `….lora_A.weight` and `….lora_B.weight`."""
+    """Return a component's part of a LoRA with layers called `….lora_A.weight` and `….lora_B.weight`, where known."""
     from diffusers.utils import state_dict_utils as spelling
     from transformers import PreTrainedModel
 
-    if isinstance(twin, PreTrainedModel):
-        state = spelling.convert_state_dict_to_peft(spelling.convert_state_dict_to_diffusers(state))
-        if not hasattr(twin, "text_model"):  # flattened in transformers 5
-            state = {k.removeprefix("text_model."): v for k, v in state.items()}
-        return state
-    if not any("lora_A" in key for key in state):
-        state = spelling.convert_unet_state_dict_to_peft(state)
+    is_text = isinstance(twin, PreTrainedModel)
+    if not all(map(_OF_A_LAYER.match, state)):
+        if not is_text:
+            state = spelling.convert_unet_state_dict_to_peft(state)
+        elif any(map(_OLD.search, state)):
+            # Left to itself it knows this spelling by `to_out_lora` alone, and would not take a file without it.
+            state = spelling.convert_state_dict_to_peft(state, spelling.StateDictType.DIFFUSERS_OLD)
+        elif any("lora_linear_layer" in key for key in state):
+            state = spelling.convert_state_dict_to_peft(state)
+    if is_text and not hasattr(twin, "text_model"):  # flattened in transformers 5
+        state = {k.removeprefix("text_model."): v for k, v in state.items()}
     return state
 
 
