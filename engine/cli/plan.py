@@ -72,9 +72,9 @@ def run(arguments: list[str]) -> int:
         prompts_known=True,  # as the main job, whose plan this is, knows its prompt
         told=_tell,
     )
-    from engine import advice
+    from engine import advice, rungs
 
-    plan = advice.advise(plan, _tell)
+    plan = rungs.ladder(advice.advise(plan, _tell), _tell)
     if given.lock is not None and plan.fits is not False:
         # Before anything is printed: whoever reads it may not read it to its end.
         plan.lock(given.lock)
