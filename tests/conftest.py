@@ -54,7 +54,7 @@ def _others_left_alone() -> None:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache_of_all(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache of this process, with the dry runs and the answers of all that test side by side."""
     own = tmp_path_factory.getbasetemp()
     of_all = own.parent / "of all" if "PYTEST_XDIST_WORKER" in os.environ else own
@@ -66,11 +66,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_places(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _own_places(cache_of_all: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep the user's own cache, state and models out of the tests, and the network."""
     own = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DG_RUN_CACHE", str(cache))
+        patch.setenv("DG_RUN_CACHE", str(cache_of_all))
         patch.setenv("DG_RUN_STATE", str(own / "state"))
         patch.setenv("DG_RUN_CONFIG", str(own / "config"))
         patch.setenv("HF_HUB_CACHE", str(own / "hub"))
