@@ -27,8 +27,15 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dg-run"))
 GIB = 1024**3
 RTX_4090 = "GeForce RTX 4090"
 
-LONG = ("test_truth.py", "test_outputs.py", "test_accuracy.py", "test_host_memory.py", "test_hub.py", "test_resume.py")
-"""Files in which one test takes some ten seconds or more: of two workers none is to be left with one at the end."""
+LONG = (
+    *("test_host_memory.py", "test_accuracy.py", "test_advice.py", "test_hub.py", "test_resume.py"),
+    *("test_outputs.py", "test_truth.py"),
+)
+"""Files in which one test takes some ten seconds or more, in the order in which they begin.
+
+Of two workers none is to be left with one of these at the end, and the other has something to do while the first of
+them builds the counted device.
+"""
 
 
 def pytest_sessionstart() -> None:
@@ -38,7 +45,8 @@ def pytest_sessionstart() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes long (`make test` lets pytest-xdist keep this order)."""
-    items.sort(key=lambda item: item.path.name not in LONG)
+    order = {name: i for i, name in enumerate(LONG)}
+    items.sort(key=lambda item: order.get(item.path.name, len(LONG)))
 
 
 def pytest_collection_finish() -> None:

@@ -26,8 +26,8 @@ PLACED = [c for i, c in enumerate(EVERY) if (i + i // len(cases.PLACEMENTS)) % 4
 MIXED = list(cases.every_mixture())[::7]  # each mixture twice, each architecture once or twice; `make truth` runs all
 TILES = list(cases.every_tile())[::4] + list(cases.every_tile())[3::4]  # each architecture once
 CASTS = list(cases.every_cast())[::10] + list(cases.every_cast())[8::10]
-# Another one of each architecture; `make truth` runs thousands.
-RANDOM = [next(cases.random_cases(SEED + i, [n])) for i, n in enumerate(pipelines.ALL)]
+# Another one of every other architecture; `make truth` runs thousands.
+RANDOM = [next(cases.random_cases(SEED + i, [n])) for i, n in enumerate(pipelines.ALL) if i % 2 == 0]
 STAGED = [c for c in cases.staged() if c.steps[-1].name != "model_offload"][::3]  # `make truth` runs those too
 # Where the tests run side by side, the cores have enough to do.
 JOBS = 1 if "PYTEST_XDIST_WORKER" in os.environ else os.cpu_count() or 1
@@ -98,7 +98,7 @@ def test_staged_encoding_holds_what_was_predicted() -> None:
 
 
 def test_a_run_fits_its_predicted_peak_and_does_not_fit_less() -> None:
-    found = list(many.each(compare.bounded, RANDOM[::3], JOBS))
+    found = list(many.each(compare.bounded, RANDOM[::2], JOBS))
     assert [b.id for b in found if not b.with_room] == []
     assert [b.id for b in found if b.when_short] == []
 
@@ -131,19 +131,30 @@ def _drawn_with_a_vae_that_is_widened(name: str, dtype: str, steps: Sequence[Ste
     pipe(**call)
 
 
+def _slow(case: tuple[str, ...]) -> Any:
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
 WIDENED = [
     *itertools.product(["text"], sorted(PLACEMENTS)),
     *itertools.product(TAKES_A_PICTURE, ["leaf", "leaf, streamed", "block, streamed"]),
 ]
 
 
+# The others say the same of inpainting, and of words under each placement.
+WIDENED_QUICK = ("resident", "model_offload", "leaf", "leaf, streamed", "leaf, streamed, tiled")
+
+
 @pytest.mark.rule("streamed-leaves-stay-narrow")
 @pytest.mark.parametrize(
     ("dtype", "name", "placed"),
     [
-        *(("float16", *case) for case in WIDENED),
-        # From words it runs in bfloat16 under every placement, which is seen of the one that matters.
-        *(("bfloat16", *case) for case in WIDENED if case[0] != "text" or case[1] == "leaf, streamed"),
+        case if case[1] == "img2img" or case[1:] in itertools.product(["text"], WIDENED_QUICK) else _slow(case)
+        for case in (
+            *(("float16", *case) for case in WIDENED),
+            # From words it runs in bfloat16 under every placement, which is seen of the one that matters.
+            *(("bfloat16", *case) for case in WIDENED if case[0] != "text" or case[1] == "leaf, streamed"),
+        )
     ],
 )
 def test_a_vae_that_is_widened_does_not_run_from_a_stream(name: str, dtype: str, placed: str) -> None:
