@@ -67,9 +67,10 @@ def measured(peak_gib: float, seconds: float, step_s: float = 0.1) -> dict[str, 
 
 
 def record(of: Case | str, status: str = "measured", because: str | None = None, **more: Any) -> dict[str, Any]:
-    """Return a record; its plan is dg-run's own for the invented card."""
+    """Return a record; its plan is dg-run's own for the invented card, of a list: nothing is searched for."""
     of = case(of) if isinstance(of, str) else of
-    expected = predict.outlook(of, hardware())
+    listed = of if of.kind != "chosen" else case(f"exact/{of.id.split('/', 1)[1].rpartition('/')[0]}/float16/resident")
+    expected = predict.outlook(listed, hardware())
     return {
         "schema": SCHEMA,
         "id": of.id,

@@ -207,7 +207,7 @@ TINY = {"UNet2DConditionModel", "SD3Transformer2DModel", "FluxTransformer2DModel
 @pytest.mark.parametrize(
     "cls",
     [
-        c if i % 2 else pytest.param(c, marks=pytest.mark.slow)
+        c if i % 3 == 1 else pytest.param(c, marks=pytest.mark.slow)
         for i, c in enumerate(sorted(attention.FUSES - TINY - {"WanTransformer3DModel"}))
     ],
 )

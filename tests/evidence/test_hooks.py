@@ -38,8 +38,15 @@ def test_a_hook_after_model_offload_is_gone_from_the_second_call(counted: torch.
 
 
 @pytest.mark.rule("compile-before-model-offload", "compiling-in-place-goes-with-model-offload")
-@pytest.mark.parametrize("is_first", [True, False])
-@pytest.mark.parametrize("by", ["wrapper", "in_place"])
+@pytest.mark.parametrize(
+    ("by", "is_first"),
+    [
+        ("wrapper", True),
+        ("wrapper", False),
+        ("in_place", False),
+        pytest.param("in_place", True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_wrapper_after_model_offload_is_gone_from_the_second_call(
     counted: torch.device, by: str, is_first: bool
 ) -> None:
