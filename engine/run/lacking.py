@@ -33,9 +33,8 @@ class Told:
 
 def _head(module: Any) -> set[str]:
     found = getattr(module, "get_output_embeddings", lambda: None)()
-    return (
-        set() if found is None else {n for n, p in module.named_parameters() if any(p is q for q in found.parameters())}
-    )
+    own = set() if found is None else {id(p) for p in found.parameters()}
+    return {name for name, p in module.named_parameters() if id(p) in own}
 
 
 @contextlib.contextmanager
