@@ -21,6 +21,7 @@ from engine.values import Request
 from truth import pipelines, saved
 
 RANK, ALPHA = 4, 2.0
+FLUX = "black-forest-labs/FLUX.1-dev"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CLIP = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 State = dict[str, torch.Tensor]
@@ -144,6 +145,11 @@ def change_of(file: Path, model: Model, twins: dict[str, Any]) -> Any:
     return fuse.fusing(dataclasses.replace(Request(model="any"), loras=asked), model, twins)
 
 
+def flux(model: Model) -> dict[str, Any]:
+    """Return a twin of FLUX's transformer."""
+    return parts.twins(model, "bfloat16", ["text_encoder", "text_encoder_2", "vae"])
+
+
 def modules(pipe: Any) -> dict[str, torch.nn.Module]:
     return {n: c for n, c in pipe.components.items() if isinstance(c, torch.nn.Module)}
 
@@ -192,35 +198,34 @@ def test_a_text_encoder_in_part_is_fused_where_the_library_does_not_know_the_spe
         assert torch.allclose(now, before + scale * (up @ down), atol=1e-6)
 
 
-def test_what_kohya_trained_of_flux_as_one_is_fused_into_its_parts(tmp_path: Path) -> None:
-    """Its projections lie side by side in one layer, of the width that FLUX has; nothing of the model is loaded."""
+FUSED = {
+    "double_blocks.0.img_attn.qkv": [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"],
+    "single_blocks.0.linear1": [
+        *(f"single_transformer_blocks.0.attn.to_{x}" for x in "qkv"),
+        "single_transformer_blocks.0.proj_mlp",
+    ],
+    "single_blocks.0.linear2": ["single_transformer_blocks.0.proj_out"],
+}
+"""What FLUX's own code has in one layer, and diffusers in several side by side."""
+
+
+@pytest.mark.parametrize("spelling", ["kohya", "ComfyUI"])
+def test_what_was_trained_of_flux_as_one_is_fused_into_its_parts(spelling: str, tmp_path: Path) -> None:
+    """In the widths that FLUX has, which the library's converter goes by; nothing of the model is loaded."""
     width = 3072
-    sizes = {
-        "double_blocks.0.img.attn.qkv": (3 * width, width),
-        "single_blocks.0.linear1": (7 * width, width),
-        "single_blocks.0.linear2": (width, 5 * width),
-    }
-    state = kohya("lora_unet_", ((n.replace(".attn", "_attn"), s) for n, s in sizes.items()))
-    model = facts.find("black-forest-labs/FLUX.1-dev")
-    twins = parts.twins(model, "bfloat16", ["text_encoder", "text_encoder_2", "vae"])
+    sizes = dict(zip(FUSED, [(3 * width, width), (7 * width, width), (width, 5 * width)], strict=True))
+    is_kohya = spelling == "kohya"
+    state = kohya("lora_unet_", sizes.items()) if is_kohya else peft("diffusion_model.", sizes.items())
+    model = facts.find(FLUX)
     (asked,) = loras.read([written(state, tmp_path)], model)
-    found = fuse._read(asked, model, twins, "FluxPipeline")["transformer"]
-
+    found = fuse._read(asked, model, flux(model), "FluxPipeline")["transformer"]
     # What they make of a few random vectors: the products themselves are of the model's size.
-    def whole(name: str, of: torch.Tensor) -> torch.Tensor:
-        return ALPHA / RANK * (state[f"{name}.lora_up.weight"] @ (state[f"{name}.lora_down.weight"] @ of))
-
-    def parted(paths: list[str], of: torch.Tensor) -> torch.Tensor:
-        return torch.cat([found[p].scale * (found[p].up @ (found[p].down @ of)) for p in paths])
-
-    double, single = "transformer_blocks.0.attn", "single_transformer_blocks.0"
-    for name, paths in {
-        "lora_unet_double_blocks_0_img_attn_qkv": [f"{double}.to_{x}" for x in "qkv"],
-        "lora_unet_single_blocks_0_linear1": [*(f"{single}.attn.to_{x}" for x in "qkv"), f"{single}.proj_mlp"],
-        "lora_unet_single_blocks_0_linear2": [f"{single}.proj_out"],
-    }.items():
-        of = torch.randn(state[f"{name}.lora_down.weight"].shape[1], 3, generator=torch.Generator().manual_seed(2))
-        assert torch.allclose(parted(paths, of), whole(name, of), atol=1e-4), name
+    halves = [v for k, v in state.items() if not k.endswith("alpha")]
+    for (name, paths), down, up in zip(FUSED.items(), halves[::2], halves[1::2], strict=True):
+        of = torch.randn(down.shape[1], 3, generator=torch.Generator().manual_seed(2))
+        parted = torch.cat([found[p].scale * (found[p].up @ (found[p].down @ of)) for p in paths])
+        assert torch.allclose(parted, (ALPHA / RANK if is_kohya else 1.0) * (up @ (down @ of)), atol=1e-4), name
+    assert len(found) == sum(map(len, FUSED.values()))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +233,7 @@ def test_what_kohya_trained_of_flux_as_one_is_fused_into_its_parts(tmp_path: Pat
 )
 def test_layers_that_are_not_the_models_are_refused_in_words(names: str, tmp_path: Path) -> None:
     """The library's own converters end with an AssertionError, or a KeyError."""
-    model = facts.find("black-forest-labs/FLUX.1-dev")
+    model = facts.find(FLUX)
     file = written(kohya("lora_unet_", [(names, (77, 33))]), tmp_path)
     with pytest.raises(ModelError, match="is not for black-forest-labs/FLUX"):
-        change_of(file, model, parts.twins(model, "bfloat16", ["text_encoder", "text_encoder_2", "vae"]))
+        change_of(file, model, flux(model))

@@ -28,6 +28,9 @@ from engine.words import listing
 _BAND_BYTES = 8 * 1024**2
 """What is computed of a weight at a time, in float32."""
 _OLD = re.compile(r"\.to_(q|k|v|out)_lora\.")
+_OF_FLUX = re.compile(
+    r"diffusion_model\.(?P<path>(?:double|single)_blocks\..+)\.(?:lora_(?P<side>A|B|down|up)\.weight|alpha)\Z"
+)
 _OF_A_LAYER = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])\.weight\Z")
 
 
@@ -96,9 +99,11 @@ def _read(lora: Lora, model: Model, twins: Mapping[str, Any], pipeline_class: st
 def _state(file: Path, model: Model, twins: Mapping[str, Any], pipeline_class: str) -> tuple[Any, Any, Any]:
     """Return (weights, alphas, metadata) of a LoRA's file in the spelling of diffusers. Raises: ModelError."""
     import diffusers
+    from diffusers.loaders import FluxLoraLoaderMixin
     from safetensors import SafetensorError
 
-    read = getattr(getattr(diffusers, pipeline_class, None), "lora_state_dict", None)
+    loader: Any = getattr(diffusers, pipeline_class, None)
+    read = getattr(loader, "lora_state_dict", None)
     if read is None:
         raise ModelError(
             f"{pipeline_class} takes no LoRA", f"diffusers {diffusers.__version__} has none for it", "leave --lora out"
@@ -109,9 +114,10 @@ def _state(file: Path, model: Model, twins: Mapping[str, Any], pipeline_class: s
     if "unet" in twins:
         more["unet_config"] = twins["unet"].config
     try:
-        state, *rest = read(
-            str(file.parent), weight_name=file.name, use_safetensors=True, local_files_only=True, **more
-        )
+        # Other models have layers of those names too, and readers of their own.
+        renamed = _as_kohyas(file) if issubclass(loader, FluxLoraLoaderMixin) else None
+        given = renamed or str(file.parent)
+        state, *rest = read(given, weight_name=file.name, use_safetensors=True, local_files_only=True, **more)
     except (
         *(ValueError, LookupError, AssertionError, RuntimeError, AttributeError, TypeError, OSError),
         SafetensorError,
@@ -119,6 +125,21 @@ def _state(file: Path, model: Model, twins: Mapping[str, Any], pipeline_class: s
         said = " ".join(str(error).split())[:200] or f"diffusers does not know its layers ({type(error).__name__})"
         raise loras.foreign(str(file), model.id, pipeline_class, loras.made_for(loras.checked(file)), said) from error
     return state, rest[0] if len(rest) == 2 else None, rest[-1]
+
+
+def _as_kohyas(file: Path) -> dict[str, Any] | None:
+    """Return a LoRA of FLUX in ComfyUI's spelling as kohya spells it, which diffusers 0.42 reads; None for others."""
+    from safetensors.torch import load_file
+
+    found = {key: _OF_FLUX.match(key) for key in loras.checked(file)}
+    if not all(found.values()):
+        return None
+    sides = {"A": ".lora_down.weight", "B": ".lora_up.weight", "down": ".lora_down.weight", "up": ".lora_up.weight"}
+    return {
+        f"lora_unet_{match['path'].replace('.', '_')}{sides.get(match['side'], '.alpha')}": value
+        for key, value in load_file(file).items()
+        if (match := found[key]) is not None
+    }
 
 
 def _of(values: Mapping[str, Any] | None, name: str) -> dict[str, Any]:
