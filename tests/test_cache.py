@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import shutil
 from typing import Any
 
 import numpy as np
@@ -14,13 +17,19 @@ from engine.errors import IncompatibleError, UsageError
 from engine.optimizers.spec import Context, NotApplied
 from engine.run import applied, load
 from engine.run.progress import Quiet
+from engine.values import FrozenDict
 from tests.conftest import card, machine
 from tests.test_run import step
-from truth import pipelines
-from truth.cases import Case
+from truth import executed, pipelines
+from truth.cases import PLACEMENTS, Case
+from truth.predicted import later_peak_bytes, predicted
 
 HERE = Context(device="cpu", dtype="float32")
 STEPS = 6
+
+needs_device = pytest.mark.skipif(
+    shutil.which("c++") is None and "CI" not in os.environ, reason="the counted device takes a C++ compiler (c++)"
+)
 
 
 def made(**params: Any) -> Any:
@@ -57,6 +66,27 @@ def test_how_many_steps_are_skipped_depends_on_the_threshold(threshold: float, c
     load.verify_after_call(pipe)
     assert np.array_equal(picture(pipe, call), first), "the second call begins with what the first one kept"
     assert len(seen) == 4 * computed
+
+
+@needs_device
+@pytest.mark.parametrize("method", ["first_block", "taylor_seer"])
+@pytest.mark.parametrize(
+    "placement",
+    [n if n == "leaf, streamed" else pytest.param(n, marks=pytest.mark.slow) for n in PLACEMENTS if n != "resident"],
+)
+def test_what_is_skipped_is_skipped_under_every_placement_and_leaves_nothing_on_the_device(
+    method: str, placement: str
+) -> None:
+    """The layer before what is skipped has it copied ahead; steps that are skipped never hold more than others."""
+    skipping = made(**{"method": method} | ({"threshold": 1.0} if method == "first_block" else {"interval": 2}))
+    plain = Case(architecture="flux", steps=(skipping,), call=FrozenDict({"num_inference_steps": STEPS}))
+    placed = dataclasses.replace(plain, steps=(skipping, PLACEMENTS[placement]))
+    _, (wanted,) = executed.drawn(dataclasses.replace(plain, steps=(skipping, PLACEMENTS["resident"])), 1)
+    seen, calls = executed.drawn(placed, 2)
+    assert all(np.array_equal(call.picture, wanted.picture) for call in calls)
+    if method == "first_block":
+        assert seen.peak_bytes <= predicted(placed).peak_bytes
+        assert calls[1].peak_bytes <= later_peak_bytes(placed)
 
 
 def test_attention_is_extrapolated_every_few_steps_and_the_next_call_begins_anew() -> None:
@@ -116,7 +146,6 @@ def test_a_number_of_another_method_is_refused() -> None:
 def test_what_a_cache_keeps_is_predicted_to_the_byte() -> None:
     """On the counted device; nothing is skipped with this threshold, which is what is predicted."""
     from truth.compare import compared
-    from truth.predicted import predicted
 
     resident = optimizers.spec("resident").step()
     for architecture in ("flux", "wan"):

@@ -6,6 +6,7 @@ Source of the behaviour: diffusers 0.42, `hooks/group_offloading.py`. At block l
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from engine.errors import IncompatibleError
@@ -129,9 +130,30 @@ def apply(pipe: Pipeline, step: Step, context: Context) -> None:
             module.enable_group_offload(**arguments)
         else:
             apply_group_offloading(module=module, **arguments)
+        if step.params["use_stream"]:
+            module.register_forward_hook(_put_back(module))
     for name, module in held(pipe, step).items():
         if name not in targets:
             module.to(context.device)
+
+
+def _put_back(module: Any) -> Any:
+    """Return a hook for the end of a forward that takes from the device what was copied ahead and was not used then.
+
+    Where blocks are skipped, by a cache or by guidance that leaves layers out, the layer before them has the first of
+    theirs copied all the same, and it would stay.
+    """
+    groups = [hook.group for hook in _hooks(module)]
+
+    def put_back(*_: Any) -> None:
+        for group in groups:
+            # Its weights come and go together, so one tells of all.
+            one = next(itertools.chain(group.parameters, *(m.parameters() for m in group.modules)), None)
+            if group.stream is not None and one is not None and one.device.type == group.onload_device.type:
+                group.stream.synchronize()
+                group.offload_()
+
+    return put_back
 
 
 def _hooks(module: Any) -> list[Any]:
