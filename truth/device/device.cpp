@@ -58,8 +58,9 @@ struct Held {
 
 void let_go(void* context) {
   auto* held = static_cast<Held*>(context);
-  ledger().died(held->id, held->bytes);
-  delete held;
+  const auto id = held->id, bytes = held->bytes;
+  delete held;  // first, so that nobody who looks meanwhile takes what is still there for the host's own
+  ledger().died(id, bytes);
 }
 
 c10::DataPtr nothing() { return {nullptr, nullptr, &c10::detail::deleteNothing, device()}; }
