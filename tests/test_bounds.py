@@ -88,8 +88,9 @@ def test_a_bound_is_never_more_than_the_replay(model: str) -> None:
         assert least.seconds is not None, case
         assert least.seconds <= (taken.seconds or 0) + 0.001, case
         if placed == "resident" and not more:
-            # Not only safe but of use: with everything on the card the bound is the answer but for the allocator.
-            assert least.required_bytes > 0.9 * (taken.required_bytes or 0), case
+            # Not only safe but of use: with everything on the card the bound is the answer but for the allocator, whose
+            # segments take a quarter more than is in them where CogVideoX decodes.
+            assert least.required_bytes > 0.9 * (taken.peak_allocated_bytes or 0), case
             assert least.seconds == pytest.approx(taken.seconds, abs=0.002), case
 
 
