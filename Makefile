@@ -28,7 +28,7 @@ test: $(STAMP) ## run the tests (under 8 minutes on 2 cores)
 slow: $(STAMP) ## run the checks that take long: every architecture and pair, environments, hundreds of pictures (hours)
 	$(BIN)/python -m pytest -m slow
 
-truth: $(STAMP) ## execute 2,000 runs on the counted device and hold them against what is predicted (some 20 minutes)
+truth: $(STAMP) ## execute 2,000 runs on the counted device and hold them against what is predicted (about an hour)
 	$(BIN)/python -m truth --cases 2000
 
 lint: $(STAMP) ## ruff, mypy --strict, and whether generated files are fresh
