@@ -21,7 +21,8 @@ RTX_4090 = "GeForce RTX 4090"
 SMALL = "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"
 FLUX = "black-forest-labs/FLUX.1-dev"
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"  # its VAE is widened while it runs
-OTHERS = (FLUX, SDXL, "stabilityai/stable-diffusion-3.5-medium", "THUDM/CogVideoX-2b", "Lightricks/LTX-Video")
+COGVIDEOX = "THUDM/CogVideoX-2b"  # where it decodes, the allocator's segments take a quarter more than is in them
+OTHERS = (FLUX, SDXL, "stabilityai/stable-diffusion-3.5-medium", COGVIDEOX, "Lightricks/LTX-Video")
 
 
 def _step(name: str, **params: Any) -> Step:
@@ -88,9 +89,9 @@ def test_a_bound_is_never_more_than_the_replay(model: str) -> None:
         assert least.seconds is not None, case
         assert least.seconds <= (taken.seconds or 0) + 0.001, case
         if placed == "resident" and not more:
-            # Not only safe but of use: with everything on the card the bound is the answer but for the allocator, whose
-            # segments take a quarter more than is in them where CogVideoX decodes.
-            assert least.required_bytes > 0.9 * (taken.peak_allocated_bytes or 0), case
+            # Not only safe but of use: with everything on the card the bound is the answer but for the allocator.
+            answer = taken.peak_allocated_bytes if model == COGVIDEOX else taken.required_bytes
+            assert least.required_bytes > 0.9 * (answer or 0), case
             assert least.seconds == pytest.approx(taken.seconds, abs=0.002), case
 
 

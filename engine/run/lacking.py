@@ -7,7 +7,7 @@ transformers only says so in its log, and returns it to who asks with `output_lo
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 
@@ -17,7 +17,7 @@ class Told:
     def __init__(self) -> None:
         self._of: list[tuple[Any, frozenset[str]]] = []
 
-    def add(self, module: Any, names: Iterator[str]) -> None:
+    def add(self, module: Any, names: Iterable[str]) -> None:
         self._of.append((module, frozenset(names)))
 
     def of(self, module: Any) -> list[str]:
@@ -47,7 +47,7 @@ def told() -> Iterator[Told]:
 
     def from_pretrained(cls: Any, /, *args: Any, output_loading_info: bool = False, **given: Any) -> Any:
         module, info = real.__func__(cls, *args, output_loading_info=True, **given)
-        heard.add(module, iter(info["missing_keys"]))
+        heard.add(module, info["missing_keys"])
         return (module, info) if output_loading_info else module
 
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)
