@@ -22,7 +22,7 @@ demo: $(STAMP) ## draw a picture with the embedded model: outputs/demo.png
 	@echo "Next, your own model (a directory in diffusers layout, or OWNER/MODEL on the hub):"
 	@echo "  $(BIN)/dg-run --auto --model black-forest-labs/FLUX.1-schnell --prompt \"a lighthouse at dusk\""
 
-test: $(STAMP) ## run the tests (under 8 minutes on 2 cores)
+test: $(STAMP) ## run the tests (about 8 minutes on 2 cores)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: $(STAMP) ## run the checks that take long: every architecture and pair, environments, hundreds of pictures (hours)
